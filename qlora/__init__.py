@@ -1,0 +1,54 @@
+"""Single-GPU QLoRA fine-tuning: a recipe in, a proven adapter out.
+
+The house has four floors. A module imports along its own floor or from a floor below, never from
+one above; the ground floor never imports torch. A test reads this map and holds the code to it.
+
+    3 front door   cli, __main__
+    2 stories      trainer, sft, evaluation, chat, doctor, draft
+    1 machinery    hardware, bnb, loader, adapter, tokenizer, rendering, data, generation, screen,
+                   callbacks, tracking
+    0 ground       recipe, settings, document, cookbook, memory, cards, shape, records, sources,
+                   rundir, places, hub, errors
+
+From a notebook::
+
+    import qlora
+    recipe = qlora.load_recipe("quickstart")
+    run = qlora.train(recipe)
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+_PUBLIC = {
+    "load_recipe": "qlora.recipe",
+    "Recipe": "qlora.recipe",
+    "train": "qlora.trainer",
+    "Run": "qlora.rundir",
+    "open_run": "qlora.rundir",
+    "QLoRAError": "qlora.errors",
+}
+__all__ = [*sorted(_PUBLIC), "__version__"]
+
+if TYPE_CHECKING:
+    from qlora.errors import QLoRAError as QLoRAError
+    from qlora.recipe import Recipe as Recipe
+    from qlora.recipe import load_recipe as load_recipe
+    from qlora.rundir import Run as Run
+    from qlora.rundir import open_run as open_run
+    from qlora.trainer import train as train
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that ``import qlora`` costs nothing."""
+    if name not in _PUBLIC:
+        raise AttributeError(f"module 'qlora' has no attribute {name!r}")
+    return getattr(importlib.import_module(_PUBLIC[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

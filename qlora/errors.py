@@ -1,0 +1,48 @@
+"""Every failure a user can cause, as one tree.
+
+The message is the interface: it says what was asked (with its address in the recipe or the
+file), what was found, and what to do, cheapest first. The command line prints it as it is and
+exits with :attr:`QLoRAError.exit_code`; nothing else about the failure is shown.
+"""
+
+from __future__ import annotations
+
+
+class QLoRAError(Exception):
+    """Something the user can mend. Its text is complete: no traceback is needed to act on it."""
+
+    exit_code = 2
+
+
+class RecipeError(QLoRAError):
+    """The recipe cannot be read, or asks for something that does not exist or contradicts itself."""
+
+
+class DataError(QLoRAError):
+    """The data cannot be read, or would not train what was meant."""
+
+
+class ModelError(QLoRAError):
+    """The base model or its tokenizer is missing, unreadable or unsuited."""
+
+
+class HardwareError(QLoRAError):
+    """The machine cannot do what the recipe asks of it."""
+
+
+class DoesNotFit(HardwareError):
+    """The plan needs more memory than the card has. Raised before any weight is read."""
+
+
+class CheckpointError(QLoRAError):
+    """A run directory, checkpoint or adapter is missing, torn or not what it claims to be."""
+
+
+class TrainingDiverged(QLoRAError):
+    """A loss or gradient stopped being a finite number; the message names the rows of the batch."""
+
+
+class Interrupted(QLoRAError):
+    """The user stopped the run. The message names the last complete checkpoint."""
+
+    exit_code = 130

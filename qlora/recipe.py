@@ -1,0 +1,301 @@
+"""Read a recipe: a file or a shipped name, with overrides, checked as a whole.
+
+What may be set stands in :mod:`qlora.settings`. After :func:`load_recipe` nothing asks "is this set?":
+a recipe is complete, immutable, and its file paths are absolute.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from qlora import cookbook, document
+from qlora.errors import RecipeError
+from qlora.places import expanded, shown
+from qlora.settings import Recipe
+
+EMBEDDED = "embedded:"  # scheme of what ships inside the package
+HUB = "hub:"  # scheme of a data set on the Hugging Face hub
+
+
+# Words people bring from other tools, per name here.
+_SYNONYMS = {
+    "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
+    "rslora": "use_rslora", "targets": "target_modules", "lr": "learning_rate",
+    "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "steps": "max_steps",
+    "batch_size": "per_device_train_batch_size", "micro_batch_size": "per_device_train_batch_size",
+    "grad_accum": "gradient_accumulation_steps", "scheduler": "lr_scheduler_type",
+    "warmup_ratio": "warmup_steps", "optimizer": "optim", "clip": "max_grad_norm",
+    "gradient_checkpointing": "activation_checkpointing", "max_seq_length": "max_length",
+    "sequence_len": "max_length", "cutoff_len": "max_length", "path": "name", "base": "name",
+    "base_model": "name", "model_name_or_path": "name", "dataset": "train", "val": "held_out",
+    "validation": "held_out", "output_dir": "dir", "report": "report_to", "dtype": "compute_dtype",
+}  # fmt: skip
+
+
+def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
+    """The recipe in a file, or one of the shipped recipes by name, with overrides applied.
+
+    Args:
+        source: A path to a YAML file, or a name that ``qlora recipes list`` prints.
+        overrides: ``section.key=value`` strings; the value is read as YAML. File names in the
+            recipe are relative to its folder, those in an override to the current folder.
+
+    Raises:
+        RecipeError: Unreadable, an unknown key (with the nearest known one), a value of the wrong
+            type or out of bounds, or a file that is not there. All problems are listed at once.
+    """
+    path = cookbook.find(source)
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: cannot be read: {error}.") from None
+    origin = shown(path)
+    read = document.parse(text, origin)
+    values: dict[str, Any] = {k: {} if v is None else v for k, v in read.value.items()}
+    if isinstance(values.get("data"), dict):
+        _anchor(values, path.parent)
+    if isinstance(values.get("model"), dict):
+        _anchor(values, path.parent)
+    _apply(values, overrides)
+    recipe = _validate(values, origin, read.lines, overrides)
+    if not recipe.run.name:
+        recipe = recipe.model_copy(
+            update={"run": recipe.run.model_copy(update={"name": _name_of(path)})}
+        )
+    _require_files(recipe, origin)
+    return recipe
+
+
+def recipe_from(values: Mapping[str, Any]) -> Recipe:
+    """A recipe from nested dictionaries, as a notebook may write them; ``run.name`` is needed.
+
+    Raises:
+        RecipeError: As :func:`load_recipe`.
+    """
+    copied = {k: _plain(v) if isinstance(v, Mapping) else v for k, v in values.items()}
+    _anchor(copied, Path.cwd())
+    recipe = _validate(copied, "recipe", {}, ())
+    if not recipe.run.name:
+        raise RecipeError("recipe: run.name is not set. Give the run a name, such as 'mine'.")
+    _require_files(recipe, "recipe")
+    return recipe
+
+
+def _plain(section: Mapping[str, Any]) -> dict[str, Any]:
+    """A section as YAML would give it: paths are text."""
+    return {k: str(v) if isinstance(v, os.PathLike) else v for k, v in section.items()}
+
+
+def _name_of(path: Path) -> str:
+    """The file's name as a run's: what is no letter, digit, dot or dash becomes a dash."""
+    return re.sub(r"[^\w.-]+", "-", path.stem).strip(".-") or "recipe"
+
+
+def is_local(name: str) -> bool:
+    """Whether a model or data name means a place on this machine rather than on the hub.
+
+    >>> is_local("./base"), is_local("embedded:base"), is_local("Qwen/Qwen3-8B")
+    (True, True, False)
+    """
+    return name.startswith((EMBEDDED, "./", "../", "/", "~")) or expanded(name).exists()
+
+
+def local_path(name: str) -> Path:
+    """Where ``embedded:`` and ordinary names lie on this machine."""
+    if name.startswith(EMBEDDED):
+        return Path(__file__).parent / "embedded" / name.removeprefix(EMBEDDED)
+    return expanded(name)
+
+
+def _anchor(values: dict[str, Any], folder: Path) -> None:
+    """Make the file names of a recipe absolute, as seen from ``folder``."""
+    data = values.get("data")
+    if isinstance(data, dict):
+        for key in ("train", "held_out", "chat_template"):
+            if isinstance(data.get(key), str):
+                data[key] = _absolute(data[key], folder)
+            elif isinstance(data.get(key), list | tuple):
+                data[key] = [
+                    _absolute(item, folder) if isinstance(item, str) else item for item in data[key]
+                ]
+    model = values.get("model")
+    if isinstance(model, dict) and isinstance(model.get("name"), str):
+        name = model["name"]
+        if name and (name.startswith(("./", "../", "~")) or (folder / name).is_dir()):
+            model["name"] = _absolute(name, folder)
+
+
+def _absolute(name: str, folder: Path) -> str:
+    if not name or name.startswith((EMBEDDED, HUB)):
+        return name
+    return os.path.normpath(folder.resolve() / expanded(name))
+
+
+def _apply(values: dict[str, Any], overrides: Iterable[str]) -> None:
+    for override in overrides:
+        address, equals, text = override.partition("=")
+        parts = address.strip().split(".")
+        if not equals or len(parts) < 2 or not all(parts):
+            raise RecipeError(
+                f"{override!r} is not an override. Write section.key=value, such as lora.r=32."
+            )
+        changed: dict[str, Any] = {}
+        inner: dict[str, Any] = changed
+        target = values
+        for part in parts[:-1]:
+            if not isinstance(target.setdefault(part, {}), dict):
+                raise RecipeError(f"{override!r}: {part!r} is a value, not a section.")
+            target = target[part]
+            inner = inner.setdefault(part, {})
+        inner[parts[-1]] = document.scalar(text) if text else None
+        _anchor(changed, Path.cwd())
+        target[parts[-1]] = inner[parts[-1]]
+
+
+def _validate(
+    values: Mapping[str, Any],
+    origin: str,
+    lines: Mapping[tuple[str, ...], int],
+    overrides: Sequence[str],
+) -> Recipe:
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        overridden = {tuple(o.partition("=")[0].strip().split(".")) for o in overrides}
+        seen: dict[str, None] = {}
+        problems = error.errors()
+        inside = {problem["loc"][:-1] for problem in problems}
+        for problem in problems:
+            if problem["type"] == "too_short" and problem["loc"] in inside:
+                continue  # pydantic counts only the items that are valid
+            address = tuple(str(part) for part in problem["loc"])
+            if any(address[:n] in overridden for n in range(1, len(address) + 1)):
+                where = "command line"
+            elif line := next(
+                (lines[address[:n]] for n in range(len(address), 0, -1) if address[:n] in lines), 0
+            ):
+                where = f"{origin}:{line}"
+            else:
+                where = origin
+            seen[f"{where}: {_sentence(problem, address)}"] = None
+        raise RecipeError("\n".join(seen)) from None
+    _refuse_secrets(recipe.model_dump(mode="json"), (), origin)
+    return recipe
+
+
+def _sentence(problem: Any, address: tuple[str, ...]) -> str:
+    """One pydantic error as what was asked, what was found and what to do."""
+    name, kind = ".".join(address), problem["type"]
+    if kind == "extra_forbidden":
+        return f"unknown key {name!r}{_did_you_mean(address)}"
+    if kind == "missing":
+        what = _field_help(address)
+        return f"{name!r} is missing.{' ' + what if what else ''}"
+    found = problem["input"]
+    shown = f"{found!r}" if not isinstance(found, str) else f"the text {found!r}"
+    if kind == "value_error":
+        return str(problem["ctx"]["error"]) + "."
+    wants = {
+        "int_type": "a whole number", "float_type": "a number", "bool_type": "true or false",
+        "string_type": "text", "dict_type": "a mapping", "tuple_type": "a list",
+        "model_type": "a section of keys", "model_attributes_type": "a section of keys",
+        "string_pattern_mismatch": "letters, digits, . _ and -, not beginning with a dot",
+    }  # fmt: skip
+    expected = wants.get(kind) or re.sub(r"^[A-Z]\w+ should (be )?", "", problem["msg"])
+    return f"{name!r} must be {expected}; found {shown}."
+
+
+def _did_you_mean(address: tuple[str, ...]) -> str:
+    sections = {name: field.annotation for name, field in Recipe.model_fields.items()}
+    if len(address) == 1:
+        near = _homes(address[0]) or difflib.get_close_matches(address[0], sections, n=1)
+        if near:
+            return f" - did you mean {near[0]!r}?"
+        return f". Sections are {', '.join(sections)}."
+    section = sections[address[0]]
+    assert isinstance(section, type) and issubclass(section, BaseModel)
+    key = address[-1]
+    synonym = _SYNONYMS.get(key)
+    if synonym in section.model_fields:
+        return f" - did you mean {synonym!r}?"
+    near = difflib.get_close_matches(key, section.model_fields, n=1)
+    if near:
+        return f" - did you mean {near[0]!r}?"
+    homes = _homes(key) or _homes(synonym or "")
+    if homes:
+        return f" - did you mean {homes[0]!r}?"
+    if address[0] == "train":
+        return f". For other settings of TRL write train.sft_config.{key}."
+    return f". Keys of {address[0]!r} are {', '.join(section.model_fields)}."
+
+
+def _homes(key: str) -> list[str]:
+    return [
+        f"{name}.{known}"
+        for name, field in Recipe.model_fields.items()
+        for known in getattr(field.annotation, "model_fields", {})
+        if known in (key, _SYNONYMS.get(key))
+    ]
+
+
+def _field_help(address: tuple[str, ...]) -> str:
+    annotation: Any = Recipe
+    text = ""
+    for part in address:
+        field = getattr(annotation, "model_fields", {}).get(part)
+        if field is None:
+            return ""
+        annotation, text = field.annotation, field.description or ""
+    return text
+
+
+def _require_files(recipe: Recipe, origin: str) -> None:
+    """Refuse a recipe whose local files are not there, before anything is started."""
+    wanted: list[tuple[str, str | None]] = [("data.train", name) for name in recipe.data.train]
+    wanted.append(("data.held_out", recipe.data.held_out))
+    wanted.append(("data.chat_template", recipe.data.chat_template))
+    missing = [
+        f"{origin}: {key} names {name!r}, which is not there.{_nearby(local_path(name))}"
+        for key, name in wanted
+        if name is not None and not name.startswith(HUB) and not local_path(name).is_file()
+    ]
+    name = recipe.model.name
+    if is_local(name) and not local_path(name).exists():
+        what = "there is embedded:base" if name.startswith(EMBEDDED) else "no such folder"
+        missing.append(f"{origin}: model.name is {name!r}, which is not there: {what}.")
+    if missing:
+        raise RecipeError("\n".join(missing))
+
+
+def _nearby(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f" The folder {shown(path.parent)} does not exist either."
+    near = difflib.get_close_matches(
+        path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.75
+    )
+    return f" Did you mean {near[0]!r}?" if near else ""
+
+
+_SECRET = re.compile(r"^(hf_[A-Za-z0-9]{30,}|[0-9a-f]{40}|sk-[\w-]{16,})$")
+
+
+def _refuse_secrets(value: object, address: tuple[str, ...], origin: str) -> None:
+    """A recipe is copied into every run and shared; it must not carry keys."""
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            _refuse_secrets(inner, (*address, str(key)), origin)
+    elif isinstance(value, list):
+        for item in value:
+            _refuse_secrets(item, address, origin)
+    elif isinstance(value, str) and _SECRET.match(value) and address[-1] != "revision":
+        raise RecipeError(
+            f"{origin}: {'.'.join(address)!r} looks like a secret. Recipes are copied into every "
+            "run; put tokens in the environment (HF_TOKEN, WANDB_API_KEY)."
+        )

@@ -1,0 +1,244 @@
+"""A run on disk: its names, its writes that are whole or absent, and what may be believed.
+
+Layout of ``<dir>/<name>/<start time>/``::
+
+    recipe.yaml plan.json environment.json data.json    what was asked, predicted, installed, fed
+    metrics.jsonl                                       one object a log step
+    checkpoints/checkpoint-N/                           the trainer's files and our manifest
+    adapter/                                            the product
+    result.json                                         written last: its presence means done
+
+A directory is believed only if the file that was written last says so: ``manifest.json`` with the
+size and SHA-256 of every file of a checkpoint, ``result.json`` for a run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qlora.errors import CheckpointError, RecipeError
+from qlora.places import expanded
+
+MANIFEST = "manifest.json"
+_START = re.compile(r"^\d{8}-\d{6}(-\d+)?$")
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run directory, finished or not. Reads from disk, so it is never out of date."""
+
+    dir: Path
+
+    @property
+    def recipe_file(self) -> Path:
+        return self.dir / "recipe.yaml"
+
+    @property
+    def adapter(self) -> Path:
+        """The finished adapter; absent until training has ended well."""
+        return self.dir / "adapter"
+
+    @property
+    def checkpoints(self) -> Path:
+        return self.dir / "checkpoints"
+
+    @property
+    def is_complete(self) -> bool:
+        return (self.dir / "result.json").is_file()
+
+    @property
+    def result(self) -> dict[str, Any]:
+        """What ``result.json`` says.
+
+        Raises:
+            CheckpointError: The run has not finished.
+        """
+        if not self.is_complete:
+            raise CheckpointError(f"{self.dir}: the run has not finished; there is no result.json.")
+        return read_json(self.dir / "result.json")
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """The log lines so far, oldest first; a torn last line is left out."""
+        path = self.dir / "metrics.jsonl"
+        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
+        return [json.loads(line) for line in lines]
+
+
+def rewind(run: Run, step: int) -> None:
+    """Drop the metrics of steps after a checkpoint: a resumed run takes those steps again."""
+    kept = [line for line in run.metrics() if line["step"] <= step]
+    write_text(run.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+
+
+def create(folder: Path, name: str) -> Run:
+    """Claim a new directory under ``folder/name``, named after the time, and prove it writable.
+
+    Raises:
+        RecipeError: It cannot be created or written; says which path and why.
+    """
+    stamp = time.strftime("%Y%m%d-%H%M%S")
+    root = expanded(folder)
+    if root.parts and root.parts[0].startswith("~"):
+        raise RecipeError(
+            f"run.dir is {str(folder)!r}, but there is no such home. Choose another with run.dir=DIR."
+        )
+    for attempt in range(1, 100):
+        path = root / name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
+        try:
+            path.mkdir(parents=True)
+            (path / ".probe").write_bytes(b"x" * 4096)
+            (path / ".probe").unlink()
+        except FileExistsError:
+            continue  # another run started in the same second
+        except OSError as error:
+            raise RecipeError(
+                f"run.dir is {str(folder)!r}, but {path} cannot be written: {error.strerror}. "
+                "Choose another with run.dir=DIR."
+            ) from None
+        return Run(path)
+    raise RecipeError(f"{folder / name}: a hundred runs started in one second; wait and try again.")
+
+
+def open_run(where: str | Path) -> Run:
+    """The run at a path, or the newest run below it (``runs/quickstart``, or ``runs``).
+
+    Raises:
+        CheckpointError: Nothing there is a run.
+    """
+    path = expanded(where)
+    if (path / "recipe.yaml").is_file():
+        return Run(path)
+    if path.is_dir():
+        below = [p.parent for p in path.glob("**/recipe.yaml") if _START.match(p.parent.name)]
+        if below:
+            return Run(max(below, key=_started))
+        raise CheckpointError(
+            f"{where}: not a run directory (no recipe.yaml), and no run lies below it. "
+            "A run is what `qlora train` prints at its end, such as runs/quickstart/20260101-120000."
+        )
+    raise CheckpointError(
+        f"{where}: no such directory. A run is what `qlora train` prints at its end."
+    )
+
+
+def _started(folder: Path) -> tuple[str, int]:
+    day, clock, *again = folder.name.split("-")
+    return f"{day}-{clock}", int(again[0]) if again else 1
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file.
+
+    Raises:
+        CheckpointError: Missing, torn or not an object.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path}: cannot be read: {error}.") from None
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path}: expected a JSON object.")
+    return value
+
+
+def write_text(path: Path, text: str) -> None:
+    """Replace a file so that a reader, or a crash at any point, sees the old text or the new."""
+    aside = path.with_name(f".{path.name}.part")
+    with aside.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    aside.replace(path)
+    _sync_folder(path.parent)
+
+
+def write_json(path: Path, value: object) -> None:
+    """:func:`write_text` of JSON. NaN is refused: it is not JSON and would break every reader."""
+    write_text(path, json.dumps(value, indent=2, allow_nan=False, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def writing_aside(final: Path) -> Iterator[Path]:
+    """A folder to fill, renamed to ``final`` when the block ends well and removed when it does not."""
+    aside = final.with_name(f".{final.name}.part")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        yield aside
+        for path in aside.rglob("*"):
+            if path.is_file():
+                _sync_file(path)
+        aside.rename(final)
+        _sync_folder(final.parent)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+
+
+def seal(checkpoint: Path) -> None:
+    """Write the manifest that makes a checkpoint complete: size and SHA-256 of each file, fsynced."""
+    files = {}
+    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST):
+        _sync_file(path)
+        name = path.relative_to(checkpoint).as_posix()
+        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
+    write_json(checkpoint / MANIFEST, {"files": files})
+
+
+def defect(checkpoint: Path) -> str | None:
+    """Why a checkpoint cannot be believed, or None if every file is what its manifest says."""
+    if not (checkpoint / MANIFEST).is_file():
+        return "it has no manifest: writing it was interrupted"
+    try:
+        files = read_json(checkpoint / MANIFEST)["files"]
+        for name, expected in files.items():
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
+                return f"{name} is damaged"
+    except (CheckpointError, KeyError, TypeError, AttributeError):
+        return "its manifest is damaged"
+    return None
+
+
+def newest_complete(run: Run) -> Path | None:
+    """The latest checkpoint that is whole, or None. Damaged ones are passed over."""
+    found = sorted(run.checkpoints.glob("checkpoint-*"), key=step_of, reverse=True)
+    return next((path for path in found if defect(path) is None), None)
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def step_of(checkpoint: Path) -> int:
+    """The optimizer step a checkpoint's name ends with; -1 for another name."""
+    number = checkpoint.name.rpartition("-")[2]
+    return int(number) if number.isdigit() else -1
+
+
+def _sync_file(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+
+
+def _sync_folder(folder: Path) -> None:
+    if os.name != "posix":  # a folder cannot be opened for fsync on Windows
+        return
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,254 @@
+"""Every setting once: its type, default, bounds and meaning.
+
+Help texts, the JSON schema and the README's table are generated from the fields below, so a default
+stands in one place. The list of fields stands in a test too: adding one is a deliberate act.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+
+from qlora import document
+
+
+def _as_tuple(value: object) -> object:
+    if isinstance(value, str):
+        return (value,)
+    return tuple(value) if isinstance(value, list) else value
+
+
+Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+
+
+class _Section(BaseModel):
+    """Strict types, unknown keys refused, immutable."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class Model(_Section):
+    """The frozen base."""
+
+    name: str = Field(
+        description="A folder with safetensors, a hub id (owner/name), or embedded:base.",
+        min_length=1,
+    )
+    revision: str = Field("main", description="Hub branch, tag or commit; the commit is recorded.")
+    attn_implementation: Literal["auto", "sdpa", "eager", "flash_attention_2"] = Field(
+        "auto",
+        description="auto: FlashAttention 2 where it is installed and the card supports it, else "
+        "sdpa, else eager for models whose attention needs it (Gemma 2).",
+    )
+
+
+class Quant(_Section):
+    """How the base is stored (QLoRA, arXiv:2305.14314, section 3)."""
+
+    quant_type: Literal["nf4", "none"] = Field(
+        "nf4", description="nf4: 4-bit NormalFloat; none: plain LoRA on a 16-bit base."
+    )
+    double_quant: bool = Field(
+        True, description="Quantize the scales too: 4.5 -> 4.13 bits a weight."
+    )
+    compute_dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field(
+        "auto",
+        description="auto: bfloat16 from compute capability 8, float16 on older cards (T4), "
+        "float32 on a CPU.",
+    )
+
+
+class Lora(_Section):
+    """The trainable adapter (LoRA, arXiv:2106.09685)."""
+
+    r: int = Field(16, ge=1, le=1024, description="Rank of the update B A.")
+    lora_alpha: float = Field(
+        32.0, gt=0, description="The update is scaled by lora_alpha / r (or / sqrt(r) with rsLoRA)."
+    )
+    lora_dropout: float = Field(0.0, ge=0, lt=1, description="Dropout on the adapter's input.")
+    target_modules: Strings = Field(
+        ("all-linear",),
+        min_length=1,
+        description="all-linear (every linear but the head; QLoRA figure 2), or names such as "
+        "[q_proj, v_proj]. Each name must match.",
+    )
+    use_rslora: bool = Field(
+        False, description="Scale by 1/sqrt(r), for r >= 64 (arXiv:2312.03732)."
+    )
+
+
+class Data(_Section):
+    """What is learned, from where, and which part of a row trains."""
+
+    train: Strings = Field(
+        min_length=1,
+        description="Files (.jsonl .json .csv .parquet .txt), a hub data set as hub:owner/name, or "
+        "embedded:tickets/train.jsonl.",
+    )
+    split: str = Field("train", description="Split of a hub data set.")
+    revision: str = Field("main", description="Revision of a hub data set.")
+    held_out: str | None = Field(
+        None, description="A file of rows never trained on. Without it, rows are split by content."
+    )
+    held_out_fraction: float = Field(
+        0.05,
+        ge=0,
+        lt=1,
+        description="Share of rows held out when held_out is not given; equal rows stay together.",
+    )
+    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
+        "auto", description="Shape of a row; auto looks at the columns and says what it found."
+    )
+    columns: dict[str, str] = Field(
+        {}, description="Your column for ours, such as {prompt: question, completion: answer}."
+    )
+    rendering: Literal["auto", "chat", "plain"] = Field(
+        "auto",
+        description="chat: rows become turns of the tokenizer's chat template; plain: the text as "
+        "it is and an end-of-text token; auto: chat where there is a template or the rows need one.",
+    )
+    chat_template: str | None = Field(
+        None, description="A Jinja file, for a tokenizer that has no template or an unsuited one."
+    )
+    completion_only_loss: bool = Field(
+        True, description="Train on the answers (every assistant turn) and not on the questions."
+    )
+    max_length: int = Field(
+        1024, ge=8, description="Longest row in tokens; a longer one is dropped."
+    )
+    max_drop_fraction: float = Field(
+        0.05, ge=0, le=1, description="Refuse to start when a larger share of rows is too long."
+    )
+
+
+class Train(_Section):
+    """The optimization, in TRL's and transformers' own terms."""
+
+    num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
+    max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
+    per_device_train_batch_size: int = Field(1, ge=1, description="Rows in one forward pass.")
+    gradient_accumulation_steps: int = Field(16, ge=1, description="Passes per optimizer step.")
+    learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak rate; 2e-4 suits LoRA to 13B.")
+    lr_scheduler_type: Literal[
+        "constant_with_warmup", "constant", "cosine", "linear", "cosine_with_min_lr"
+    ] = Field("constant_with_warmup", description="HF's plain `constant` ignores warmup_steps.")
+    warmup_steps: float = Field(0.03, ge=0, description="Steps, or below 1 a share of all steps.")
+    weight_decay: float = Field(0.0, ge=0, description="AdamW's decay of the adapter weights.")
+    max_grad_norm: float = Field(0.3, gt=0, description="Gradient clipping (0.3 in QLoRA).")
+    optim: str = Field(
+        "auto",
+        description="auto: paged_adamw_8bit on CUDA, adamw_torch on a CPU; or any optim of "
+        "transformers.",
+    )
+    activation_checkpointing: bool = Field(
+        True, description="Recompute activations in the backward pass: a third slower, far smaller."
+    )
+    seed: int = Field(42, ge=0, description="Adapter initialisation, data order, dropout.")
+    logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
+    eval_steps: int | None = Field(
+        None, ge=1, description="Steps between held-out losses; null: before and after only."
+    )
+    save_steps: int | None = Field(
+        None, ge=1, description="Steps between checkpoints; null: a quarter of the run."
+    )
+    save_total_limit: int = Field(2, ge=2, description="Checkpoints kept; one may be in writing.")
+    sft_config: dict[str, Any] = Field(
+        {}, description="Any other field of TRL's SFTConfig, by its own name."
+    )
+
+
+class Run(_Section):
+    """Where a run is written and who is told."""
+
+    dir: str = Field("runs", description="Runs are written to <dir>/<name>/<start time>/.")
+    name: str = Field(
+        "", description="Defaults to the recipe's file name.", pattern=r"^([\w-][\w.-]*)?$"
+    )
+    report_to: Literal["none", "wandb"] = Field(
+        "none", description="wandb: online with a key and a network, else offline; never fatal."
+    )
+    project: str = Field("qlora", description="The wandb project.")
+
+
+class Eval(_Section):
+    """What is asked of the model before and after training, beyond the held-out loss."""
+
+    generate: int = Field(0, ge=0, description="Held-out rows answered by base and tuned; 0: none.")
+    exact_match: Strings = Field(
+        (), description="JSON fields that must all be equal; empty: the whole answer must be equal."
+    )
+    max_new_tokens: int = Field(128, ge=1, description="Length limit of an answer.")
+    batch_size: int = Field(8, ge=1, description="Rows answered at a time.")
+
+
+# sft_config keys that a curated field, or the run directory, already decides.
+SFT_CONFIG_OWNED: dict[str, str] = {
+    **{name: f"train.{name}" for name in Train.model_fields if name != "sft_config"},
+    "gradient_checkpointing": "train.activation_checkpointing",
+    "gradient_checkpointing_kwargs": "train.activation_checkpointing",
+    "activation_checkpointing_kwargs": "train.activation_checkpointing",
+    "max_length": "data.max_length",
+    "completion_only_loss": "data.completion_only_loss",
+    "assistant_only_loss": "data.completion_only_loss",
+    "chat_template_path": "data.chat_template",
+    "dataset_kwargs": "data",
+    "dataset_text_field": "data.columns",
+    "model_init_kwargs": "model",
+    "bf16": "quant.compute_dtype",
+    "fp16": "quant.compute_dtype",
+    "report_to": "run.report_to",
+    "run_name": "run.name",
+    "output_dir": "run.dir",
+    "per_device_eval_batch_size": "train.per_device_train_batch_size",
+    "data_seed": "train.seed",
+    "use_cpu": "the hardware found",
+    "trust_remote_code": "nothing: remote code is never run",
+    "hub_token": "nothing: tokens come from the environment (HF_TOKEN)",
+    "packing": "nothing yet: rows are padded, not packed",
+    "padding_free": "nothing yet: rows are padded, not packed",
+    "logging_nan_inf_filter": "nothing: a NaN always stops the run",
+    "auto_find_batch_size": "train.per_device_train_batch_size",
+    "remove_unused_columns": "nothing: row numbers travel with each batch",
+    "save_strategy": "train.save_steps",
+    "eval_strategy": "train.eval_steps",
+    "logging_strategy": "train.logging_steps",
+}
+
+
+class Recipe(_Section):
+    """Everything that decides a run. Immutable; equal recipes mean equal runs."""
+
+    model: Model
+    quant: Quant = Quant()
+    lora: Lora = Lora()
+    data: Data
+    train: Train = Train()
+    run: Run = Run()
+    eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _sft_config_keys_are_free(self) -> Self:
+        for key in self.train.sft_config:
+            owner = SFT_CONFIG_OWNED.get(key)
+            if owner is not None:
+                raise ValueError(f"train.sft_config.{key} is decided by {owner}; set it there")
+        return self
+
+    def dump(self) -> str:
+        """YAML of every value, defaults included, that :func:`load_recipe` reads back as equal."""
+        return document.dump(self.model_dump(mode="json"))
+
+
+def json_schema() -> dict[str, Any]:
+    """The JSON schema of a recipe file, for completion and checks in an editor."""
+    schema = Recipe.model_json_schema()
+    for section in schema["$defs"].values():
+        for field in section.get("properties", {}).values():
+            if field.get("type") == "array" and field.get("items") == {"type": "string"}:
+                del field["type"]  # one string may stand for a list of one
+                field["anyOf"] = [
+                    {"type": "string"},
+                    {"type": "array", "items": field.pop("items")},
+                ]
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
