@@ -1,0 +1,326 @@
+"""The frozen base, as NF4. The only module that uses bitsandbytes.
+
+What is promised about a loaded base: its linears are really 4-bit, its weights are finite, nothing in
+it is trainable, no code of the model's repository was run, no pickle was opened, and on a CPU an
+evaluation does not change what a later training step computes.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from huggingface_hub import try_to_load_from_cache
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+from transformers.utils import logging as transformers_logging
+
+from qlora import cards, hardware, hub
+from qlora.bnb import bnb
+from qlora.cards import Card
+from qlora.errors import HardwareError, ModelError
+from qlora.recipe import is_local, local_path
+from qlora.settings import Recipe
+
+# NF4 with blocks of 64 leaves 0.0085 of the variance of normal weights (QLoRA, section 3). A kernel
+# that leaves more than this does not compute NF4.
+MAX_NF4_ERROR = 0.02
+
+
+@dataclass(frozen=True)
+class BaseConfig:
+    """What is known of a model before its weights are read."""
+
+    config: Any
+    values: dict[str, Any]
+    commit: str | None
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.config.get_text_config().vocab_size)
+
+    @property
+    def is_prequantized(self) -> bool:
+        return self.values.get("quantization_config") is not None
+
+
+@dataclass(frozen=True)
+class Base:
+    """A loaded, frozen base and the facts of its loading, for the run's record."""
+
+    model: Any
+    facts: dict[str, Any]
+
+
+def read_config(recipe: Recipe) -> BaseConfig:
+    """The model's configuration: a small file, so that plan and data can be checked before weights.
+
+    Raises:
+        ModelError: Not a model folder, not on the hub, gated, the hub cannot be reached, or rows may
+            be longer than the model has positions.
+    """
+    name, revision = recipe.model.name, recipe.model.revision
+    where = name
+    if is_local(name):
+        path = local_path(name)
+        if not (path / "config.json").is_file():
+            found = (
+                ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else "a file"
+            )
+            raise ModelError(
+                f"model.name is {name!r}, which is not a model: there is no config.json in it "
+                f"(found: {found or 'nothing'}). Name a folder written by save_pretrained, or a hub id."
+            )
+        where = str(path)
+    else:
+        _require_hub(name, revision)
+    try:
+        config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(_explain(name, revision, error)) from None
+    read = BaseConfig(config, config.to_dict(), getattr(config, "_commit_hash", None))
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
+    if positions is not None and recipe.data.max_length > positions:
+        raise ModelError(
+            f"data.max_length is {recipe.data.max_length:,}, but {name!r} has {positions:,} positions. "
+            f"Write data.max_length={positions}."
+        )
+    return read
+
+
+def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = True) -> Base:
+    """Quantize the base to NF4 on the card, tensor by tensor, and freeze it.
+
+    A checkpoint that is already bitsandbytes 4-bit is loaded as it is; only its compute dtype is set
+    to what this card has. Unquantized parts (embeddings, norms, head) are kept in the compute dtype.
+
+    Args:
+        recipe: Which base, and how it is stored.
+        card: Where it goes.
+        config: What :func:`read_config` gave for this recipe.
+        bars: Whether transformers may show its bar while the weights are read.
+
+    Returns:
+        The model in eval mode, every parameter with ``requires_grad=False``.
+
+    Raises:
+        ModelError: No safetensors, a linear that stayed 16-bit, mixture-of-experts weights (the
+            libraries leave them 16-bit), or a weight that is not finite.
+        HardwareError: The card cannot compute what the recipe asks, or its NF4 kernel is wrong.
+    """
+    dtype = getattr(torch, cards.compute_dtype(recipe, card))
+    wanted = recipe.quant.quant_type == "nf4"
+    quantized = wanted or config.is_prequantized
+    if config.is_prequantized:
+        _require_nf4_checkpoint(config, recipe)
+    attention = _attention(recipe, card, config, dtype)
+    where = str(local_path(recipe.model.name)) if is_local(recipe.model.name) else recipe.model.name
+    arguments: dict[str, Any] = {}
+    if wanted and not config.is_prequantized:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=recipe.quant.double_quant,
+            bnb_4bit_compute_dtype=dtype,
+        )
+    had_bars = transformers_logging.is_progress_bar_enabled()
+    if not bars:
+        transformers_logging.disable_progress_bar()
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            where,
+            revision=config.commit or recipe.model.revision,
+            dtype=dtype,
+            device_map={"": 0} if card.kind == "cuda" else {"": "cpu"},
+            attn_implementation=attention,
+            use_safetensors=True,
+            trust_remote_code=False,
+            **arguments,
+        )
+    except (OSError, ValueError) as error:
+        raise ModelError(_explain(recipe.model.name, recipe.model.revision, error)) from None
+    finally:
+        if had_bars:
+            transformers_logging.enable_progress_bar()
+    model.requires_grad_(False)
+    model.eval()
+    if quantized:
+        _require_every_linear_quantized(model)
+        _prepare_linears(model, card, dtype)
+    _require_finite(model)
+    return Base(
+        model,
+        {
+            "name": recipe.model.name,
+            "revision": recipe.model.revision,
+            "commit": config.commit,
+            "architecture": type(model).__name__,
+            "attention": attention,
+            "compute_dtype": str(dtype).removeprefix("torch."),
+            "quantized_linears": sum(1 for _ in linears_4bit(model)),
+            "prequantized": config.is_prequantized,
+            "footprint_bytes": model.get_memory_footprint(),
+        },
+    )
+
+
+def linears_4bit(model: nn.Module) -> Any:
+    """(name, module) of every linear that bitsandbytes packed."""
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, bnb.nn.Linear4bit)
+    )
+
+
+def unpacked_numel(parameter: nn.Parameter) -> int:
+    """Weights a parameter stands for. A packed ``Params4bit`` has half as many elements, or fewer."""
+    state = getattr(parameter, "quant_state", None)
+    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
+
+
+def nf4_error(in_features: int, device: torch.device) -> float:
+    """Share of a normal weight's variance that a round trip through this machine's NF4 loses.
+
+    0.0085 where the kernel is right (QLoRA, section 3); bitsandbytes 0.50 on AVX512 CPUs gives
+    several times that when ``in_features`` is a multiple of 16 but not of 64.
+    """
+    generator = torch.Generator().manual_seed(0)
+    weight = torch.randn(64, in_features, generator=generator).to(device)
+    linear = bnb.nn.Linear4bit(in_features, 64, bias=False, quant_type="nf4", device=device)
+    linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
+    linear = linear.to(device)
+    linear.compute_dtype = torch.float32
+    linear.support_avx512bf16_for_cpu = False
+    with torch.no_grad():
+        # Through the layer, not dequantize_4bit: the wrong path is chosen inside the forward.
+        restored = linear(torch.eye(in_features, device=device)).T
+    return float((restored - weight).square().mean() / weight.square().mean())
+
+
+def _require_hub(name: str, revision: str) -> None:
+    """Fail within seconds, not after the libraries' minute of retries, when the hub is out of reach."""
+    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
+        return
+    problem = hub.unreachable()
+    if problem:
+        raise ModelError(
+            f"model.name is {name!r}: not a folder here, not in the local hub cache, and {problem}. "
+            "Check the spelling of a local path, or the network, or download the model first."
+        )
+
+
+def _attention(recipe: Recipe, card: Card, config: BaseConfig, dtype: torch.dtype) -> str:
+    asked = recipe.model.attn_implementation
+    if asked == "flash_attention_2" and not hardware.has_flash_attention(card):
+        raise HardwareError(
+            "model.attn_implementation is 'flash_attention_2', but it needs the package flash_attn and "
+            f"a card of capability 8 or newer; this is {card.name}. Write 'auto' or 'sdpa'."
+        )
+    if asked != "auto":
+        return asked
+    if hardware.has_flash_attention(card) and dtype != torch.float32:
+        return "flash_attention_2"
+    architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.config), None)
+    return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
+
+
+def _require_nf4_checkpoint(config: BaseConfig, recipe: Recipe) -> None:
+    found = config.values["quantization_config"]
+    if found.get("quant_method") not in (None, "bitsandbytes") or not found.get("load_in_4bit"):
+        raise ModelError(
+            f"model.name is {recipe.model.name!r}, which is quantized as "
+            f"{found.get('quant_method', 'something else')!r}; only bitsandbytes 4-bit checkpoints can "
+            "be trained here. Name the 16-bit original; it is quantized while loading."
+        )
+    if recipe.quant.quant_type == "nf4" and found.get("bnb_4bit_quant_type") != "nf4":
+        raise ModelError(
+            f"quant.quant_type is nf4, but {recipe.model.name!r} was saved as "
+            f"{found.get('bnb_4bit_quant_type')!r}. Name the 16-bit original instead."
+        )
+
+
+def _require_every_linear_quantized(model: Any) -> None:
+    """Refuse linears that were meant to be 4-bit and are not, with what they weigh."""
+    head = model.get_output_embeddings()
+    left = Counter[str]()
+    for name, module in model.named_modules():
+        own = dict(module.named_parameters(recurse=False))
+        if isinstance(module, nn.Linear) and not isinstance(module, bnb.nn.Linear4bit):
+            if module is not head:
+                left[name.rpartition(".")[2]] += module.weight.nbytes
+        else:  # stacked experts are bare parameters, which the libraries do not quantize
+            for key, value in own.items():
+                if value.ndim >= 3 and not isinstance(value, bnb.nn.Params4bit):
+                    left[f"{type(module).__name__}.{key}"] += value.nbytes
+    if left:
+        listed = ", ".join(
+            f"{name} ({size / 2**20:,.1f} MiB)" for name, size in left.most_common(6)
+        )
+        raise ModelError(
+            f"quant.quant_type is nf4, but {type(model).__name__} keeps these weights in 16 bits: "
+            f"{listed}. Mixture-of-experts layers are not quantized by the libraries; choose a dense "
+            "model, or write quant.quant_type: none if the card can hold them."
+        )
+    if not any(True for _ in linears_4bit(model)):
+        raise ModelError(
+            f"quant.quant_type is nf4, but {type(model).__name__} has no linear layer."
+        )
+
+
+def _prepare_linears(model: nn.Module, card: Card, dtype: torch.dtype) -> None:
+    widths = set()
+    for _, module in linears_4bit(model):
+        # bitsandbytes 0.50 repacks the weight in place at the first evaluation on an AVX512-BF16 CPU
+        # and never unpacks it: every later gradient is wrong. Off until it unpacks on train().
+        module.support_avx512bf16_for_cpu = False
+        module.compute_dtype = dtype  # a prequantized checkpoint brings another card's
+        module.compute_type_is_set = True
+        widths.add(module.in_features)
+    for width in sorted(widths):
+        error = nf4_error(width, hardware.device(card))
+        if error > MAX_NF4_ERROR:
+            raise HardwareError(
+                f"quant.quant_type is nf4, but bitsandbytes {bnb.__version__} computes layers of "
+                f"{width} inputs wrongly on this {card.kind.upper()}: {error:.3f} of the variance is "
+                f"lost, where NF4 loses 0.0085. Widths that are multiples of 64 are right; choose such "
+                "a model, another machine, or quant.quant_type: none."
+            )
+
+
+def _require_finite(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        # The scales carry a NaN of the packed weights; nested scales are one level further down.
+        scales = state and (state.state2 if state.nested else state).absmax
+        tensor = parameter if scales is None else scales
+        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+            raise ModelError(
+                f"{name} of the base holds values that are not finite. The download is damaged, or "
+                "the weights overflow in this compute dtype (try quant.compute_dtype: float32)."
+            )
+
+
+def _explain(name: str, revision: str, error: Exception) -> str:
+    """The library's error in our three parts; the usual causes are named."""
+    text = str(error)
+    if "gated" in text.lower() or "401" in text or "403" in text:
+        return (
+            f"model.name is {name!r}, which is gated. Accept its licence on its hub page, then set "
+            "HF_TOKEN in the environment (or run `hf auth login`)."
+        )
+    if "safetensors" in text:
+        return (
+            f"model.name is {name!r}, but it holds no safetensors weights. Pickled .bin files are not "
+            "opened, because loading them can run code. Convert it with save_pretrained first."
+        )
+    if "trust_remote_code" in text:
+        return (
+            f"model.name is {name!r}, whose repository wants to run its own code. Remote code is never "
+            "run here; choose a model that transformers itself supports."
+        )
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    return f"model.name is {name!r} (revision {revision}), which cannot be loaded: {first}"
