@@ -1,0 +1,285 @@
+"""The trainable part: LoRA on a frozen base. The only module that touches peft.
+
+Attached in fp32, counted honestly, saved, read back, and proven alive. The base's weights are never
+changed: not by training, and not by anything here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import nn
+
+from qlora import loader, rundir  # before peft: both import bitsandbytes, and ours does it quietly
+
+# isort: split
+from peft import LoraConfig, PeftModel, get_peft_model
+
+from qlora.errors import CheckpointError, RecipeError
+from qlora.settings import Recipe
+
+ALL_LINEAR = "all-linear"
+_PROBE = "read_back"
+
+
+@dataclass(frozen=True)
+class Counts:
+    """Parameters by what becomes of them. Packed 4-bit weights count as the weights they stand for."""
+
+    trainable: int
+    total: int
+
+    def __str__(self) -> str:
+        share = self.trainable / self.total
+        return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
+
+
+def attach(base: Any, recipe: Recipe) -> PeftModel:
+    """Hang fp32 LoRA matrices on the base's linears and set up activation checkpointing.
+
+    A is random by ``train.seed`` and B is zero, so the logits do not change yet. The k-bit
+    preparation of peft is not used: it would turn embeddings and head into fp32 (2 GiB for an 8B).
+
+    Raises:
+        RecipeError: A name in ``lora.target_modules`` matches no linear, or names the head.
+    """
+    targets = _targets(base, recipe.lora.target_modules)
+    config = LoraConfig(
+        task_type="CAUSAL_LM",
+        r=recipe.lora.r,
+        lora_alpha=recipe.lora.lora_alpha,
+        lora_dropout=recipe.lora.lora_dropout,
+        target_modules=targets,
+        exclude_modules=_towers(base),
+        use_rslora=recipe.lora.use_rslora,
+    )
+    torch.manual_seed(recipe.train.seed)
+    with _quiet_peft():
+        model = get_peft_model(base, config)
+    restore_dtype(model)
+    if recipe.train.activation_checkpointing:
+        base.activation_checkpointing_enable(
+            activation_checkpointing_kwargs={"use_reentrant": False}
+        )
+    return model
+
+
+def count(model: nn.Module) -> Counts:
+    """Trainable and total parameters; tied weights count once, packed weights as what they stand for."""
+    parameters = list(model.parameters())
+    return Counts(
+        trainable=sum(p.numel() for p in parameters if p.requires_grad),
+        total=sum(loader.unpacked_numel(p) for p in parameters),
+    )
+
+
+def restore_dtype(model: nn.Module) -> int:
+    """Give every trainable parameter fp32 storage; returns how many had lost it.
+
+    TRL 1.16 casts them to bf16 in its constructor. At a learning rate of 2e-5 only 12 % of bf16
+    LoRA elements ever move, and a T4 has no bf16. Drop this when trl lets the caller choose.
+    """
+    changed = 0
+    for parameter in model.parameters():
+        if parameter.requires_grad and parameter.dtype != torch.float32:
+            parameter.data = parameter.data.float()
+            changed += 1
+    return changed
+
+
+def census(model: nn.Module) -> dict[str, dict[str, int]]:
+    """Tensors by role (trainable, packed, frozen) and dtype, as handed to the optimizer."""
+    found: dict[str, Counter[str]] = {
+        "trainable": Counter(),
+        "packed": Counter(),
+        "frozen": Counter(),
+    }
+    for parameter in model.parameters():
+        packed = getattr(parameter, "quant_state", None) is not None
+        role = "trainable" if parameter.requires_grad else "packed" if packed else "frozen"
+        found[role][str(parameter.dtype).removeprefix("torch.")] += 1
+    return {role: dict(dtypes) for role, dtypes in found.items()}
+
+
+def assert_census(model: nn.Module) -> None:
+    """Our own promise, checked at the last moment: only the adapter trains, and it is fp32."""
+    for name, parameter in model.named_parameters():
+        is_adapter = ".lora_" in name
+        assert parameter.requires_grad == is_adapter, (
+            f"{name}: requires_grad={parameter.requires_grad}"
+        )
+        assert not is_adapter or parameter.dtype == torch.float32, f"{name}: {parameter.dtype}"
+
+
+def base_digest(model: nn.Module) -> str:
+    """SHA-256 over every frozen tensor, scales included: equal before and after training."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        if "lora_" not in name:
+            digest.update(name.replace("base_model.model.", "").replace(".base_layer", "").encode())
+            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
+def save(model: PeftModel, folder: Path, base_name: str) -> None:
+    """Write the adapter as safetensors and its configuration; never a pickle.
+
+    ``base_name`` is what the recipe calls the base: peft would write where it lies on this machine.
+    """
+    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card, "[More Information Needed]"
+    config = rundir.read_json(folder / "adapter_config.json")
+    rundir.write_json(
+        folder / "adapter_config.json", config | {"base_model_name_or_path": base_name}
+    )
+
+
+def load(base: Any, folder: Path) -> PeftModel:
+    """The base with a saved adapter on it, for inference.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, or one that does not fit this base.
+    """
+    _require_adapter(folder)
+    try:
+        with _quiet_peft():
+            return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+    except (RuntimeError, ValueError, KeyError) as error:
+        raise CheckpointError(
+            f"{folder}: the adapter does not fit this base: {str(error).splitlines()[0]}"
+        ) from None
+
+
+def verify_alive(model: PeftModel, folder: Path, input_ids: torch.Tensor) -> dict[str, float]:
+    """Read a saved adapter back from disk and prove that it is what is being trained.
+
+    Args:
+        model: The model in training, with the adapter in memory.
+        folder: Where it was just saved.
+        input_ids: Probe tokens, shape (1, T).
+
+    Returns:
+        Largest logit difference disk against memory and tuned against base, and B's largest value.
+        Weights, mode and random state of the model are left as they were.
+
+    Raises:
+        CheckpointError: B is all zero, the file differs from memory, or the logits do.
+    """
+    _require_adapter(folder)
+    largest_b = _largest_b(folder)
+    if largest_b == 0.0:
+        raise CheckpointError(
+            f"{folder}: the adapter is dead: B is still zero, so it does nothing. The learning rate "
+            "has been zero so far (a warmup longer than the run?) or no gradient reaches the adapter."
+        )
+    training = model.training
+    devices = [input_ids.device] if input_ids.is_cuda else []
+    with torch.random.fork_rng(devices=devices), torch.no_grad(), _quiet_peft():
+        model.eval()
+        in_memory = model(input_ids=input_ids, use_cache=False).logits.float()
+        with model.disable_adapter():
+            of_base = model(input_ids=input_ids, use_cache=False).logits.float()
+        try:
+            model.load_adapter(str(folder), adapter_name=_PROBE, is_trainable=False)
+            _require_equal_weights(model, folder)
+            model.set_adapter(_PROBE)
+            on_disk = model(input_ids=input_ids, use_cache=False).logits.float()
+        finally:
+            model.set_adapter("default")
+            if _PROBE in model.peft_config:
+                model.delete_adapter(_PROBE)
+            model.train(training)
+    report = {
+        "disk_against_memory": float((on_disk - in_memory).abs().max()),
+        "tuned_against_base": float((in_memory - of_base).abs().max()),
+        "largest_b": largest_b,
+    }
+    # Equal weights give equal logits up to the order of a kernel's sums.
+    tolerance = 1e-3 * max(1.0, float(in_memory.abs().max()))
+    if not report["disk_against_memory"] <= tolerance:
+        raise CheckpointError(
+            f"{folder}: the saved adapter computes something else than the one in training: logits "
+            f"differ by {report['disk_against_memory']:.3g}."
+        )
+    if not report["tuned_against_base"] > 0.0:
+        raise CheckpointError(f"{folder}: the adapter is dead: the logits are the same without it.")
+    return report
+
+
+@contextmanager
+def disabled(model: PeftModel) -> Iterator[None]:
+    """The bare base, for as long as the block runs."""
+    with model.disable_adapter():
+        yield
+
+
+def _towers(base: Any) -> str | None:
+    """A pattern for the linears of a vision or audio tower, which text never reaches; None without."""
+    names = "vision_tower|vision_model|visual|audio_tower|multi_modal_projector"
+    pattern = rf"(.*\.)?({names})\..*"
+    found = any(re.fullmatch(pattern, name) for name, _ in base.named_modules())
+    return pattern if found else None
+
+
+def _targets(base: Any, wanted: tuple[str, ...]) -> str | list[str]:
+    if wanted == (ALL_LINEAR,):
+        return ALL_LINEAR
+    head = base.get_output_embeddings()
+    linears = {name: m for name, m in base.named_modules() if isinstance(m, nn.Linear)}
+    names = sorted({name.rpartition(".")[2] for name, m in linears.items() if m is not head})
+    for target in wanted:
+        hits = [m for name, m in linears.items() if name == target or name.endswith(f".{target}")]
+        if not hits:
+            raise RecipeError(
+                f"lora.target_modules names {target!r}, which matches no linear of "
+                f"{type(base).__name__}. Its linears are {', '.join(names)}; or write all-linear."
+            )
+        if any(m is head for m in hits):
+            raise RecipeError(
+                f"lora.target_modules names {target!r}, the output head, whose adapter the fused loss "
+                f"would not train. Linears that can be trained: {', '.join(names)}."
+            )
+    return list(wanted)
+
+
+def _require_adapter(folder: Path) -> None:
+    for name in ("adapter_config.json", "adapter_model.safetensors"):
+        if not (folder / name).is_file():
+            raise CheckpointError(f"{folder}: not an adapter: {name} is missing.")
+
+
+def _largest_b(folder: Path) -> float:
+    tensors = load_file(folder / "adapter_model.safetensors")
+    b = [float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name]
+    if not b:
+        raise CheckpointError(f"{folder}: the adapter is dead: the file holds no lora_B matrix.")
+    return max(b)
+
+
+def _require_equal_weights(model: PeftModel, folder: Path) -> None:
+    named = dict(model.named_parameters())
+    trained = [name for name in named if ".default." in name]
+    for name in trained:
+        twin = named.get(name.replace(".default.", f".{_PROBE}."))
+        if twin is None or not torch.equal(named[name], twin):
+            raise CheckpointError(f"{folder}: {name} on disk is not what is in memory.")
+
+
+@contextmanager
+def _quiet_peft() -> Iterator[None]:
+    """peft 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 deprecates."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings(
+            "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning
+        )
+        yield
