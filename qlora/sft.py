@@ -1,0 +1,185 @@
+"""TRL's SFTTrainer for one recipe. The only user of trl.
+
+TRL's constructor and resume change the adapter's dtype, its data preparation drops rows in silence, and
+its defaults hide a NaN. All of that is switched off or put right here, through public seams.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+import math
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+from torch.nn import functional
+from transformers import TrainerCallback
+from transformers.trainer_callback import PrinterCallback
+from trl import SFTConfig, SFTTrainer
+
+from qlora import adapter, cards, data
+from qlora.cards import Card
+from qlora.data import Prepared
+from qlora.errors import RecipeError
+from qlora.rendering import IGNORED
+from qlora.rundir import Run
+from qlora.settings import Recipe
+
+
+class Observer(Protocol):
+    """Told of every micro-batch that trains."""
+
+    def saw(self, rows: list[int], tokens: int, loss: torch.Tensor) -> None: ...
+
+
+class RowTrainer(SFTTrainer):
+    """TRL's trainer, which also says what is in a batch, and keeps the adapter's dtype.
+
+    Row numbers are taken out before the model sees the batch. The dtype of the adapter is restored
+    and asserted at the last moment before the optimizer exists, which is after a resume as well.
+    """
+
+    observers: Sequence[Observer] = ()
+
+    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        rows, tokens = inputs.pop("rows"), inputs.pop("tokens")
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        for observer in self.observers:
+            observer.saw(rows, tokens, loss)
+        return loss
+
+    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        del inputs["rows"], inputs["tokens"]
+        return super().prediction_step(model, inputs, *args, **kwargs)
+
+    def evaluate(self, *args: Any, **kwargs: Any) -> Any:
+        """TRL's evaluation, without a trace: its loader would draw from dropout's random state."""
+        devices = [self.args.device] if self.args.device.type == "cuda" else []
+        with torch.random.fork_rng(devices=devices):
+            return super().evaluate(*args, **kwargs)
+
+    def compute_loss(
+        self,
+        model: Any,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        """TRL's fused loss on a card; on a CPU the same sum over materialized logits.
+
+        The fused loss saves a card's memory by computing the head twice. A CPU has the memory and not
+        the time: the step of a small model is a third shorter this way.
+        """
+        plain = self.args.use_cpu and self.args.loss_type == "nll" and not self.aux_loss_enabled
+        if not plain or return_outputs:
+            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        labels = inputs.pop("labels")[:, 1:].flatten()
+        logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+        supervised = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
+        return total / torch.as_tensor(supervised).clamp(min=1)
+
+    def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
+        adapter.restore_dtype(self.model)
+        adapter.assert_census(self.model)
+        return super().create_optimizer(*args, **kwargs)
+
+    @property
+    def total_steps(self) -> int:
+        """Optimizer steps of the whole run."""
+        return _total_steps(self.args, len(self.train_dataset))
+
+
+def build(
+    recipe: Recipe,
+    run: Run,
+    card: Card,
+    model: Any,
+    tok: Any,
+    prepared: Prepared,
+    *,
+    observers: Sequence[Observer],
+    callbacks: Sequence[TrainerCallback],
+) -> RowTrainer:
+    """TRL's trainer for this recipe, with the adapter's dtype restored after its constructor."""
+    trainer = RowTrainer(
+        model=model,
+        args=sft_config(recipe, run, card, len(prepared.train)),
+        train_dataset=prepared.train,
+        eval_dataset=prepared.held_out,
+        processing_class=tok,
+        data_collator=data.Collator(tok.pad_token_id, multiple=8 if card.kind == "cuda" else 1),
+        callbacks=list(callbacks),
+    )
+    trainer.remove_callback(PrinterCallback)
+    trainer.observers = observers
+    adapter.restore_dtype(model)
+    return trainer
+
+
+def sft_config(recipe: Recipe, run: Run, card: Card, rows: int) -> SFTConfig:
+    """The recipe in TRL's terms. ``train.sft_config`` cannot reach what is set here."""
+    dtype = cards.compute_dtype(recipe, card)
+    settings = recipe.train
+    shared = {
+        name: getattr(settings, name)
+        for name in (
+            "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
+            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
+            "seed", "logging_steps", "save_total_limit",
+        )
+    }  # fmt: skip
+    config = SFTConfig(
+        output_dir=str(run.checkpoints),
+        max_steps=settings.max_steps or -1,
+        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        optim=cards.optimizer(recipe, card),
+        bf16=dtype == "bfloat16",
+        fp16=dtype == "float16",
+        use_cpu=card.kind == "cpu",
+        activation_checkpointing=False,  # the adapter module owns it
+        eval_strategy="steps" if settings.eval_steps else "no",
+        eval_steps=settings.eval_steps,
+        save_strategy="steps",
+        save_steps=settings.save_steps or 10**9,
+        report_to=[],  # our own callback writes the metrics
+        logging_nan_inf_filter=False,  # it would log a NaN as 0.0 and go on
+        logging_first_step=True,
+        disable_tqdm=True,
+        remove_unused_columns=False,  # row numbers travel with each batch
+        max_length=None,  # rows are already cut to what was asked
+        dataset_kwargs={"skip_prepare_dataset": True},
+        dataloader_pin_memory=card.kind == "cuda",
+        **shared,
+        **settings.sft_config,
+    )
+    if settings.save_steps is None:
+        config.save_steps = max(1, math.ceil(_total_steps(config, rows) / 4))
+    return config
+
+
+def require_known_fields(recipe: Recipe) -> None:
+    """Refuse a key of ``train.sft_config`` that trl does not know, before anything is loaded.
+
+    Raises:
+        RecipeError: Names the key and the nearest field.
+    """
+    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
+    for key in recipe.train.sft_config:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise RecipeError(
+                f"train.sft_config.{key} is no field of SFTConfig in trl "
+                f"{importlib.metadata.version('trl')}.{hint}"
+            )
+
+
+def _total_steps(config: SFTConfig, rows: int) -> int:
+    if config.max_steps > 0:
+        return int(config.max_steps)
+    batches = math.ceil(rows / config.per_device_train_batch_size)
+    per_epoch = max(1, math.ceil(batches / config.gradient_accumulation_steps))
+    return math.ceil(config.num_train_epochs * per_epoch)

@@ -1,0 +1,303 @@
+"""The main story: a recipe in, a run directory with a proven adapter out.
+
+:func:`train` is meant to be read from top to bottom. Everything that can be refused is refused before
+the weights are read; everything that is claimed at the end was checked on the way.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import importlib.metadata
+import platform
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+import qlora
+from qlora import (
+    adapter,
+    cards,
+    data,
+    evaluation,
+    hardware,
+    loader,
+    memory,
+    rundir,
+    sft,
+    tokenizer,
+    tracking,
+)
+from qlora.callbacks import AfterSave, StopOnNonFinite, TrackedProgress
+from qlora.cards import Card
+from qlora.data import Prepared
+from qlora.errors import CheckpointError, DoesNotFit, Interrupted
+from qlora.evaluation import Answered
+from qlora.recipe import load_recipe
+from qlora.rundir import Run
+from qlora.screen import GIB, Screen, duration
+from qlora.settings import Recipe
+from qlora.shape import Shape
+
+RECORDED_PACKAGES = (
+    "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets",
+    "tokenizers", "safetensors",
+)  # fmt: skip
+
+
+def train(
+    recipe: Recipe, *, resume: str | Path | None = None, console: Console | None = None
+) -> Run:
+    """Fine-tune as the recipe says and return the finished run.
+
+    Args:
+        recipe: What to do; see :func:`qlora.load_recipe`.
+        resume: A run directory to go on with, from its newest whole checkpoint. The recipe must be
+            the one it was started with.
+        console: Where progress is shown; standard output by default.
+
+    Returns:
+        The run: its adapter passed the alive check, and ``run.result`` has the figures.
+
+    Raises:
+        QLoRAError: Anything the user can mend, as a message that says how. A run that fails before
+            its first step leaves no directory behind.
+    """
+    started = time.perf_counter()
+    screen = Screen(console or Console())
+    card = hardware.card()
+    config = loader.read_config(recipe)
+    plan = memory.plan(recipe, Shape.from_config(config.values), card)
+    memory.require_fit(plan)
+    sft.require_known_fields(recipe)
+    dtype = cards.compute_dtype(recipe, card)
+    screen.say("card", f"{card.name}, {card.free_bytes / GIB:.1f} GiB free, computes in {dtype}")
+    screen.say("plan", f"{plan.total_bytes / GIB:.2f} GiB of tensors predicted")
+
+    run, checkpoint = _claim(recipe, resume)
+    try:
+        tok, pad_note = tokenizer.load(recipe, config.commit)
+        prepared = data.prepare(recipe, tok, config.vocab_size, screen.track)
+        screen.tell_data(prepared, tok, pad_note)
+        tracker = _tracker(recipe, run, screen)
+        base = loader.load_base(recipe, card, config, bars=screen.live)
+        screen.say(
+            "base",
+            f"{base.facts['architecture']}: {base.facts['quantized_linears']} linears in 4 bits, "
+            f"{base.facts['footprint_bytes'] / 2**20:,.1f} MiB, {base.facts['attention']} attention",
+        )
+        model = adapter.attach(base.model, recipe)
+        counts = adapter.count(model)
+        screen.say("adapter", str(counts))
+        _record(run, recipe, plan, card, prepared, base.facts)
+        watcher = StopOnNonFinite(prepared.addresses, scaled=dtype == "float16")
+        progress = TrackedProgress(run.dir / "metrics.jsonl", screen, card, tracker)
+        alive: dict[str, float] = {}
+
+        def after_save(checkpoint: Path) -> None:
+            # A dead adapter stops the run in minutes, not after two days. The first step of a warmup
+            # has the rate zero: after it there is nothing to see yet.
+            if not alive and progress.has_learned:
+                alive.update(adapter.verify_alive(model, checkpoint, _probe(prepared, card)))
+                screen.say(
+                    "proof", f"{checkpoint.name} read back: B is alive, logits equal memory's"
+                )
+            rundir.seal(checkpoint)
+
+        trainer = sft.build(
+            recipe, run, card, model, tok, prepared,
+            observers=[watcher, progress], callbacks=[watcher, progress, AfterSave(after_save)],
+        )  # fmt: skip
+    except BaseException:
+        if checkpoint is None:
+            shutil.rmtree(run.dir, ignore_errors=True)
+        raise
+
+    try:
+        digest = adapter.base_digest(model)
+        before = _measure(trainer, model, prepared, recipe, screen, "before")
+        done = 0 if checkpoint is None else rundir.step_of(checkpoint)
+        with progress.shown(trainer.total_steps, done):
+            outcome = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+        after = _measure(trainer, model, prepared, recipe, screen, "after")
+        if adapter.base_digest(model) != digest:
+            raise CheckpointError(
+                "the frozen base changed during training; the adapter is worthless."
+            )
+        with rundir.writing_aside(run.adapter) as folder:
+            adapter.save(model, folder, recipe.model.name)
+            tok.save_pretrained(folder)
+        alive.update(adapter.verify_alive(model, run.adapter, _probe(prepared, card)))
+        result = {
+            "recipe": recipe.run.name,
+            "steps": outcome.global_step,
+            "train_loss": outcome.training_loss,
+            "before": _figures(before),
+            "after": _figures(after),
+            "alive": alive,
+            "base_unchanged": True,
+            "trainable_parameters": counts.trainable,
+            "total_parameters": counts.total,
+            "tokens": progress.tokens,
+            "train_seconds": round(progress.train_seconds, 2),
+            "total_seconds": round(time.perf_counter() - started, 2),
+            "peak_memory_bytes": hardware.memory_in_use(card)[1],
+            "predicted_memory_bytes": plan.total_bytes,
+        }
+        rundir.write_json(run.dir / "result.json", result)
+    except torch.OutOfMemoryError:
+        raise DoesNotFit(memory.explain_out_of_memory(plan)) from None
+    except KeyboardInterrupt:
+        raise Interrupted(_last_words(run, recipe)) from None
+    finally:
+        tracker.finish()
+    _tell_result(screen, run, recipe, result, before, after)
+    return run
+
+
+def _claim(recipe: Recipe, resume: str | Path | None) -> tuple[Run, Path | None]:
+    """A new run directory, or the one to resume with its newest whole checkpoint."""
+    if resume is None:
+        return rundir.create(Path(recipe.run.dir), recipe.run.name), None
+    run = rundir.open_run(resume)
+    if run.is_complete:
+        raise CheckpointError(f"{run.dir}: this run has finished; there is nothing to resume.")
+    then = load_recipe(run.recipe_file)
+    if then != recipe:
+        was, now = then.dump().splitlines(), recipe.dump().splitlines()
+        changed = [line for line in difflib.ndiff(was, now) if line[0] in "+-"]
+        raise CheckpointError(
+            f"{run.dir}: the recipe is not the one this run was started with:\n  "
+            + "\n  ".join(changed)
+            + f"\nGo on with: qlora train {run.recipe_file} --resume {run.dir}"
+        )
+    checkpoint = rundir.newest_complete(run)
+    if checkpoint is None:
+        raise CheckpointError(
+            f"{run.dir}: no whole checkpoint to resume from. Start the run again."
+        )
+    rundir.rewind(run, rundir.step_of(checkpoint))
+    shutil.rmtree(run.adapter, ignore_errors=True)  # without a result.json it was never the product
+    return run, checkpoint
+
+
+def _record(
+    run: Run, recipe: Recipe, plan: Any, card: Card, prepared: Prepared, facts: dict[str, Any]
+) -> None:
+    rundir.write_text(run.recipe_file, recipe.dump())
+    rundir.write_json(run.dir / "plan.json", plan.to_json())
+    rundir.write_json(run.dir / "data.json", prepared.ledger.to_json())
+    rundir.write_json(
+        run.dir / "environment.json",
+        {
+            "qlora": qlora.__version__,
+            "packages": {name: importlib.metadata.version(name) for name in RECORDED_PACKAGES},
+            "python": platform.python_version(),
+            "platform": platform.platform(),
+            "card": dataclasses.asdict(card),
+            "cuda": torch.version.cuda,
+            "threads": torch.get_num_threads(),
+            "base": facts,
+        },
+    )
+
+
+def _tracker(recipe: Recipe, run: Run, screen: Screen) -> Any:
+    if recipe.run.report_to == "none":
+        return tracking.Silent()
+    tracker = tracking.Wandb(
+        recipe.run.project,
+        f"{recipe.run.name}-{run.dir.name}",
+        run.dir,
+        recipe.model_dump(mode="json"),
+    )
+    screen.say("tracking", tracker.note)
+    return tracker
+
+
+def _measure(
+    trainer: Any, model: Any, prepared: Prepared, recipe: Recipe, screen: Screen, when: str
+) -> tuple[float | None, Answered | None]:
+    """Held-out loss and, if asked, answers; says both in one line."""
+    loss = None
+    if prepared.held_out is not None:
+        loss = float(trainer.evaluate()["eval_loss"])
+    answered = None
+    if recipe.eval.generate and prepared.held_out_examples:
+        answered = evaluation.answer(
+            model, prepared.renderer, prepared.held_out_examples, recipe, screen.track
+        )
+    said = [] if loss is None else [f"held-out loss {loss:.4f}"]
+    if answered is not None and answered.examples:
+        said.append(f"exact match {sum(answered.right)}/{len(answered.right)}")
+    if said:
+        screen.say(when, ", ".join(said))
+    return loss, answered
+
+
+def _figures(measured: tuple[float | None, Answered | None]) -> dict[str, Any]:
+    loss, answered = measured
+    figures: dict[str, Any] = {"held_out_loss": loss}
+    if answered is not None:
+        figures |= {
+            "exact_match": answered.exact_match,
+            "stop_rate": answered.stop_rate,
+            "answered": len(answered.examples),
+        }
+    return figures
+
+
+def _probe(prepared: Prepared, card: Card) -> torch.Tensor:
+    """A few tokens of the first training row, shape (1, T), on the card."""
+    return torch.tensor([prepared.train[0]["input_ids"][:256]], device=hardware.device(card))
+
+
+def _last_words(run: Run, recipe: Recipe) -> str:
+    checkpoint = rundir.newest_complete(run)
+    if checkpoint is None:
+        return f"Stopped before the first checkpoint. Metrics so far are in {run.dir}."
+    return (
+        f"Stopped. The last complete checkpoint is {checkpoint}.\n"
+        f"  Go on from it: qlora train {run.recipe_file} --resume {run.dir}"
+    )
+
+
+def _tell_result(
+    screen: Screen,
+    run: Run,
+    recipe: Recipe,
+    result: dict[str, Any],
+    before: tuple[float | None, Answered | None],
+    after: tuple[float | None, Answered | None],
+) -> None:
+    base, tuned = before[1], after[1]
+    if base is not None and tuned is not None:
+        table = Table(title="The same held-out rows, asked before and after", show_lines=True)
+        for heading in ("expected", "base", "tuned"):
+            table.add_column(heading, overflow="fold", ratio=1)
+        for example, was, now in list(
+            zip(tuned.examples, base.answers, tuned.answers, strict=True)
+        )[:3]:
+            wanted = example.record.turns[-1].content
+            table.add_row(*(Text(cell[:400]) for cell in (wanted, was.text, now.text)))
+        screen.console.print(table)
+        what = " + ".join(recipe.eval.exact_match) or "whole answer"
+        screen.say(
+            "score",
+            f"exact match ({what}) on {len(tuned.right)} held-out rows: "
+            f"{base.exact_match:.1%} before, {tuned.exact_match:.1%} after",
+        )
+    if before[0] is not None and after[0] is not None:
+        screen.say("loss", f"held out: {before[0]:.4f} before, {after[0]:.4f} after")
+    screen.say(
+        "time",
+        f"{duration(result['train_seconds'])} of training, {duration(result['total_seconds'])} in all",
+    )
+    screen.say("run", str(run.dir))
+    screen.say("next", f"qlora chat {run.dir}")

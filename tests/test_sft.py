@@ -1,0 +1,102 @@
+"""The recipe in TRL's terms: every setting arrives, and TRL's own surprises are put right."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from qlora import adapter, data, loader, sft, tokenizer
+from qlora.errors import RecipeError
+from qlora.rundir import Run
+
+
+@pytest.fixture
+def config_of(tmp_path, cpu):
+    def config_of(recipe, rows=40):
+        return sft.sft_config(recipe, Run(tmp_path), cpu, rows)
+
+    return config_of
+
+
+CHANGED = {
+    "num_train_epochs": 3.0, "max_steps": 17, "per_device_train_batch_size": 3,
+    "gradient_accumulation_steps": 5, "learning_rate": 3e-5, "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.1, "weight_decay": 0.01, "max_grad_norm": 0.7, "optim": "adamw_8bit",
+    "seed": 5, "logging_steps": 3, "eval_steps": 4, "save_steps": 9, "save_total_limit": 4,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CHANGED)
+def test_each_setting_reaches_trl_under_its_own_name(make_recipe, config_of, name):
+    was = getattr(config_of(make_recipe()), name)
+    now = getattr(config_of(make_recipe(**{f"train__{name}": CHANGED[name]})), name)
+    assert now == CHANGED[name] != was
+
+
+def test_every_training_setting_is_covered_by_the_test_above(make_recipe):
+    fields = set(type(make_recipe().train).model_fields)
+    assert fields == set(CHANGED) | {"activation_checkpointing", "sft_config"}
+
+
+def test_other_fields_of_trl_go_through_the_escape_hatch(make_recipe, config_of):
+    changed = make_recipe(train__sft_config={"adam_beta2": 0.95, "neftune_noise_alpha": 5.0})
+    assert config_of(changed).adam_beta2 == 0.95
+    sft.require_known_fields(changed)
+    with pytest.raises(
+        RecipeError, match=r"adam_beta_2 is no field of SFTConfig in trl .*'adam_beta2'"
+    ):
+        sft.require_known_fields(make_recipe(train__sft_config={"adam_beta_2": 0.95}))
+
+
+def test_nothing_is_prepared_filtered_or_reported_behind_our_back(make_recipe, config_of):
+    config = config_of(make_recipe())
+    assert config.dataset_kwargs == {"skip_prepare_dataset": True} and config.max_length is None
+    assert not config.logging_nan_inf_filter and config.report_to == []
+    assert not config.activation_checkpointing and not config.packing
+
+
+def test_a_run_saves_four_times_unless_told_otherwise(make_recipe, config_of):
+    recipe = make_recipe(train__max_steps=None, train__save_steps=None, train__num_train_epochs=4.0)
+    assert config_of(recipe, rows=40).save_steps == 10  # 4 epochs of 10 batches of 4
+    assert config_of(make_recipe(train__save_steps=None)).save_steps == 2
+
+
+def build(recipe, cpu, run):
+    config = loader.read_config(recipe)
+    tok, _ = tokenizer.load(recipe)
+    prepared = data.prepare(recipe, tok, config.vocab_size)
+    model = adapter.attach(loader.load_base(recipe, cpu, config, bars=False).model, recipe)
+    return sft.build(recipe, run, cpu, model, tok, prepared, observers=(), callbacks=())
+
+
+def test_the_adapter_is_fp32_after_trls_constructor_and_again_before_the_optimizer(
+    make_recipe, cpu, tmp_path
+):
+    trainer = build(make_recipe(), cpu, Run(tmp_path))
+    adapter.assert_census(trainer.model)
+    for parameter in trainer.model.parameters():  # what a resume or an update of trl may do
+        if parameter.requires_grad:
+            parameter.data = parameter.data.bfloat16()
+    optimizer = trainer.create_optimizer()
+    held = [p for group in optimizer.param_groups for p in group["params"]]
+    assert {p.dtype for p in held} == {torch.float32} and len(held) == 28
+
+
+def test_the_plain_loss_on_a_cpu_equals_trls_fused_loss(make_recipe, cpu, tmp_path):
+    trainer = build(make_recipe(), cpu, Run(tmp_path))
+    batch = next(iter(trainer.get_train_dataloader()))
+    del batch["rows"], batch["tokens"]
+    for items in (None, torch.tensor(37)):
+        ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
+        theirs = super(sft.RowTrainer, trainer).compute_loss(
+            trainer.model, dict(batch), num_items_in_batch=items
+        )
+        assert float(ours.detach()) == pytest.approx(float(theirs.detach()), rel=1e-6)
+
+
+def test_the_number_of_steps_is_known_before_training(make_recipe, cpu, tmp_path):
+    recipe = make_recipe(train__max_steps=None, train__num_train_epochs=2.0)
+    trainer = build(recipe, cpu, Run(tmp_path))
+    expected = trainer.total_steps
+    trainer.train()
+    assert trainer.state.global_step == expected == 2 * -(-len(trainer.train_dataset) // 4)

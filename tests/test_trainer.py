@@ -1,0 +1,377 @@
+"""The main story on a tiny model: what a run leaves, what it proves, and how it fails."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import BASE
+from rich.console import Console
+from safetensors.torch import load_file
+from transformers import AutoTokenizer
+
+import qlora
+from qlora import (
+    adapter,
+    cards,
+    data,
+    evaluation,
+    generation,
+    hardware,
+    loader,
+    rundir,
+    sft,
+    tokenizer,
+    tracking,
+    trainer,
+)
+from qlora.data import Example
+from qlora.errors import (
+    CheckpointError,
+    DataError,
+    DoesNotFit,
+    Interrupted,
+    RecipeError,
+    TrainingDiverged,
+)
+from qlora.records import Record, Turn
+from qlora.rendering import Renderer
+
+
+def run_it(recipe, **settings):
+    return trainer.train(recipe, console=Console(quiet=True), **settings)
+
+
+def weights(run) -> dict[str, torch.Tensor]:
+    return load_file(run.adapter / "adapter_model.safetensors")
+
+
+def same(a, b) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+def losses(run) -> list[float]:
+    return [line["loss"] for line in run.metrics() if "loss" in line]
+
+
+def test_a_run_leaves_what_was_asked_predicted_installed_fed_and_learned(make_recipe):
+    recipe = make_recipe(eval__generate=4)
+    run = run_it(recipe)
+    assert {p.name for p in run.dir.iterdir()} == {
+        "recipe.yaml", "plan.json", "environment.json", "data.json", "metrics.jsonl",
+        "checkpoints", "adapter", "result.json",
+    }  # fmt: skip
+    assert qlora.load_recipe(run.recipe_file) == recipe
+    result = run.result
+    assert result["steps"] == 6 and result["base_unchanged"] and result["alive"]["largest_b"] > 0
+    assert result["after"]["held_out_loss"] < result["before"]["held_out_loss"]
+    held_out = json.loads((run.dir / "data.json").read_text())["held_out"]["rows"]
+    assert result["before"]["answered"] == result["after"]["answered"] == min(4, held_out)
+    environment = json.loads((run.dir / "environment.json").read_text())
+    assert environment["base"]["quantized_linears"] == 14 and "torch" in environment["packages"]
+    assert json.loads((run.dir / "plan.json").read_text())["predicted"] is True
+    steps = [line["step"] for line in run.metrics() if "loss" in line]
+    assert steps == [1, 2, 3, 4, 5, 6]
+    assert all(line["tokens_per_second"] > 0 for line in run.metrics() if "loss" in line)
+    for checkpoint in run.checkpoints.glob("checkpoint-*"):
+        assert rundir.defect(checkpoint) is None
+    assert {t.dtype for t in weights(run).values()} == {torch.float32}
+
+
+def test_two_runs_of_one_recipe_are_bit_identical_and_another_seed_is_not(make_recipe):
+    first, second = run_it(make_recipe()), run_it(make_recipe())
+    assert first.dir != second.dir
+    assert losses(first) == losses(second)
+    assert same(weights(first), weights(second))
+    assert not same(weights(first), weights(run_it(make_recipe(train__seed=7))))
+
+
+def test_the_losses_are_those_of_a_loop_written_by_hand(make_recipe, cpu):
+    """The independent reference: forward, backward and torch's AdamW, without TRL or the Trainer."""
+    recipe = make_recipe(train__max_grad_norm=1e9, train__max_steps=4, data__held_out_fraction=0.0)
+    run = run_it(recipe)
+    config = loader.read_config(recipe)
+    tok, _ = tokenizer.load(recipe)
+    prepared = data.prepare(recipe, tok, config.vocab_size)
+    model = adapter.attach(loader.load_base(recipe, cpu, config, bars=False).model, recipe)
+    model.train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, weight_decay=0.0)
+    built = sft.build(
+        recipe, run, cpu, model, tok, prepared, observers=(), callbacks=()
+    )  # only for its order of rows
+    expected = []
+    for batch in list(built.get_train_dataloader())[:4]:
+        ids, labels = batch["input_ids"], batch["labels"]
+        logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
+        loss = torch.nn.functional.cross_entropy(
+            logits[:, :-1].reshape(-1, logits.shape[-1]), labels[:, 1:].reshape(-1)
+        )
+        expected.append(float(loss.detach()))
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert losses(run) == pytest.approx(expected, rel=1e-5)
+
+
+def test_accumulated_micro_batches_equal_one_batch(make_recipe):
+    whole = run_it(make_recipe(train__max_steps=3))
+    parts = run_it(
+        make_recipe(
+            train__max_steps=3,
+            train__per_device_train_batch_size=2,
+            train__gradient_accumulation_steps=2,
+        )
+    )
+    assert losses(parts) == pytest.approx(losses(whole), rel=1e-4)
+
+
+def test_checks_during_training_do_not_change_what_is_learned(make_recipe):
+    quiet = run_it(make_recipe(train__save_steps=100, lora__lora_dropout=0.1))
+    checked = run_it(
+        make_recipe(
+            train__save_steps=2, train__eval_steps=2, eval__generate=3, lora__lora_dropout=0.1
+        )
+    )
+    assert len([line for line in checked.metrics() if "eval_loss" in line]) == 5
+    assert losses(quiet) == losses(checked)
+    assert same(weights(quiet), weights(checked))
+
+
+def test_a_nan_stops_the_run_and_names_the_rows(make_recipe, monkeypatch):
+    original = sft.RowTrainer.compute_loss
+
+    def poisoned(self, model, inputs, *args, **kwargs):
+        loss = original(self, model, inputs, *args, **kwargs)
+        return loss * float("nan") if model.training and self.state.global_step == 4 else loss
+
+    monkeypatch.setattr(sft.RowTrainer, "compute_loss", poisoned)
+    recipe = make_recipe()
+    with pytest.raises(TrainingDiverged, match=r"step 5: the loss is not a finite number") as error:
+        run_it(recipe)
+    named = str(error.value).split("rows of the batch: ")[1].splitlines()[0].split(", ")
+    assert len(named) == 4 and all(name.startswith("rows.jsonl:") for name in named)
+    run = rundir.open_run(recipe.run.dir)
+    assert not run.is_complete and not run.adapter.exists()
+    saved = load_file(rundir.newest_complete(run) / "adapter_model.safetensors")
+    assert all(torch.isfinite(tensor).all() for tensor in saved.values())
+
+
+def test_a_gradient_that_is_not_finite_stops_the_run_too(make_recipe, monkeypatch):
+    original = sft.RowTrainer.training_step
+
+    def poisoned(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = float("inf")
+        return loss
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", poisoned)
+    with pytest.raises(TrainingDiverged, match="step 1: the gradient is not a finite number"):
+        run_it(make_recipe())
+
+
+def stopped_at(step: int):
+    """A compute_loss that is interrupted, as by Ctrl-C, in the middle of a step."""
+    original = sft.RowTrainer.compute_loss
+
+    def interrupted(self, model, *args, **kwargs):
+        if model.training and self.state.global_step == step:
+            raise KeyboardInterrupt
+        return original(self, model, *args, **kwargs)
+
+    return interrupted
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.1])
+def test_an_interrupted_run_names_its_checkpoint_and_resumes_bit_identically(
+    make_recipe, monkeypatch, dropout
+):
+    recipe = make_recipe(lora__lora_dropout=dropout)
+    straight = run_it(recipe)
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.RowTrainer, "compute_loss", stopped_at(4))
+        with pytest.raises(
+            Interrupted, match=r"checkpoint-3\.\n  Go on from it: .*--resume"
+        ) as error:
+            run_it(recipe)
+    assert error.value.exit_code == 130
+    broken = rundir.open_run(recipe.run.dir)
+    assert broken.dir != straight.dir and not broken.is_complete
+    resumed = run_it(recipe, resume=broken.dir)
+    assert resumed.dir == broken.dir and resumed.is_complete
+    assert same(weights(resumed), weights(straight))
+    assert losses(resumed) == losses(straight)
+    assert [line["step"] for line in resumed.metrics() if "loss" in line] == [1, 2, 3, 4, 5, 6]
+
+
+def test_stopped_before_the_first_checkpoint_it_says_so(make_recipe, monkeypatch):
+    monkeypatch.setattr(sft.RowTrainer, "compute_loss", stopped_at(1))
+    with pytest.raises(Interrupted, match="before the first checkpoint"):
+        run_it(make_recipe())
+
+
+def test_a_run_is_not_resumed_with_another_recipe_or_when_it_is_done(make_recipe, monkeypatch):
+    recipe = make_recipe()
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.RowTrainer, "compute_loss", stopped_at(4))
+        with pytest.raises(Interrupted):
+            run_it(recipe)
+    run = rundir.open_run(recipe.run.dir)
+    with pytest.raises(
+        CheckpointError, match=r"(?s)not the one.*-   learning_rate: 0.01.*\+   learning_rate"
+    ):
+        run_it(make_recipe(train__learning_rate=1e-3), resume=run.dir)
+    (rundir.newest_complete(run) / "optimizer.pt").write_bytes(b"torn")
+    with pytest.raises(CheckpointError, match="no whole checkpoint"):
+        run_it(recipe, resume=run.dir)
+    rundir.write_json(run.dir / "result.json", {})
+    with pytest.raises(CheckpointError, match="has finished"):
+        run_it(recipe, resume=run.dir)
+
+
+def test_a_dead_adapter_stops_the_run_at_its_first_save(make_recipe, monkeypatch):
+    original = sft.RowTrainer.training_step
+
+    def unlearning(self, model, *args, **kwargs):
+        loss = original(self, model, *args, **kwargs)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.grad = None
+        return loss
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", unlearning)
+    recipe = make_recipe()
+    with pytest.raises(
+        CheckpointError, match=r"checkpoint-3: the adapter is dead: B is still zero"
+    ):
+        run_it(recipe)
+    assert not rundir.open_run(recipe.run.dir).is_complete
+
+
+def test_the_first_step_of_a_warmup_is_not_mistaken_for_a_dead_adapter(make_recipe):
+    run = run_it(make_recipe(train__warmup_steps=2, train__save_steps=1, train__max_steps=3))
+    assert run.result["alive"]["largest_b"] > 0
+    with pytest.raises(CheckpointError, match=r"dead.*warmup"):
+        run_it(make_recipe(train__warmup_steps=2, train__max_steps=1))
+
+
+def test_bad_data_leaves_no_run_directory_behind(make_recipe, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a", "completion": ""}\n')
+    recipe = make_recipe(data__train=str(bad))
+    with pytest.raises(DataError, match="completion is empty"):
+        run_it(recipe)
+    assert not list(Path(recipe.run.dir).glob("*/*"))
+
+
+def test_an_output_folder_that_cannot_be_written_is_refused_before_anything(make_recipe, tmp_path):
+    (tmp_path / "occupied").write_text("a file")
+    with pytest.raises(RecipeError, match=r"run.dir is .*occupied.*run.dir=DIR"):
+        run_it(make_recipe(run__dir=str(tmp_path / "occupied")))
+
+
+def test_running_out_of_memory_is_told_with_ways_down(make_recipe, monkeypatch):
+    def full(self, *args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", full)
+    with pytest.raises(
+        DoesNotFit, match=r"(?s)ran out of memory.*predicted.*per_device_train_batch_size"
+    ):
+        run_it(make_recipe())
+
+
+def test_a_changed_base_would_be_noticed(make_recipe, monkeypatch):
+    original = sft.RowTrainer.training_step
+
+    def meddling(self, model, *args, **kwargs):
+        _, module = next(iter(loader.linears_4bit(model)))
+        module.weight.data.view(-1)[0] ^= 1
+        return original(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", meddling)
+    with pytest.raises(CheckpointError, match="base changed during training"):
+        run_it(make_recipe(train__max_steps=1, train__save_steps=100))
+
+
+def test_a_row_that_is_too_long_does_not_shift_the_addresses(make_recipe, tmp_path, monkeypatch):
+    rows = [{"prompt": "Why? " * 90, "completion": "x"}] + [
+        {"prompt": f"{n}?", "completion": f"{n}!"} for n in range(30)
+    ]
+    file = tmp_path / "mixed.jsonl"
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    recipe = make_recipe(data__train=str(file), data__held_out_fraction=0.0)
+    config = loader.read_config(recipe)
+    tok, _ = tokenizer.load(recipe)
+    prepared = data.prepare(recipe, tok, config.vocab_size)
+    for row, address in zip(prepared.train, prepared.addresses, strict=True):
+        assert f"{int(address.split(':')[1]) - 2}?" in tok.decode(row["input_ids"])
+
+
+def test_a_run_can_be_opened_and_its_parts_deleted_afterwards(make_recipe):
+    run = run_it(make_recipe(train__max_steps=1))
+    assert qlora.open_run(run.dir.parent).dir == run.dir
+    shutil.rmtree(run.dir)
+    with pytest.raises(CheckpointError):
+        qlora.open_run(run.dir)
+
+
+def test_the_plan_refuses_a_card_that_is_too_small_before_reading_weights(make_recipe, monkeypatch):
+    small = cards.Card("tiny card", "cuda", 2**28, 2**28, (8, 6))
+    monkeypatch.setattr(hardware, "card", lambda: small)
+    monkeypatch.setattr(loader, "load_base", lambda *_, **__: pytest.fail("weights were read"))
+    with pytest.raises(
+        qlora.QLoRAError, match=r"needs .* GiB \(predicted\); the tiny card has 0.2 GiB"
+    ):
+        run_it(make_recipe())
+
+
+def test_how_answers_are_asked_and_scored_is_up_to_the_recipe(make_recipe, monkeypatch):
+    asked = []
+
+    def answer_all(model, tok, prompts, sampling, batch_size, progress):
+        asked.append((len(prompts), sampling.max_new_tokens, batch_size))
+        return [generation.Answer('{"a": 1, "b": 2}', True) for _ in prompts]
+
+    monkeypatch.setattr(generation, "answer_all", answer_all)
+    wanted = Example("x", Record((Turn("user", "?"), Turn("assistant", '{"a": 1, "b": 3}'))))
+    renderer = Renderer(AutoTokenizer.from_pretrained(BASE), chat=True)
+    for fields, score in ((["a"], 1.0), (["a", "b"], 0.0), ([], 0.0)):
+        recipe = make_recipe(
+            eval__generate=2, eval__max_new_tokens=7, eval__batch_size=3, eval__exact_match=fields
+        )
+        assert evaluation.answer(None, renderer, [wanted] * 5, recipe).exact_match == score
+    assert asked == [(2, 7, 3)] * 3
+
+
+def test_metrics_go_to_wandb_when_asked_and_only_then(make_recipe, monkeypatch):
+    started, logged = [], []
+
+    class Fake:
+        note = "wandb offline (a test)"
+
+        def __init__(self, project, name, folder, config):
+            started.append((project, name, config["train"]["learning_rate"]))
+
+        def log(self, values, step):
+            logged.append((step, values))
+
+        def finish(self):
+            logged.append("finished")
+
+    monkeypatch.setattr(tracking, "Wandb", Fake)
+    run = run_it(make_recipe(run__report_to="wandb", run__project="mine"))
+    assert started == [("mine", f"tiny-{run.dir.name}", 0.01)]
+    assert logged[-1] == "finished" and [s for s, v in logged[:-1] if "loss" in v] == [
+        1,
+        2,
+        3,
+        4,
+        5,
+        6,
+    ]
+    run_it(make_recipe())
+    assert len(started) == 1
