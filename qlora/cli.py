@@ -1,0 +1,240 @@
+"""The front door: verbs, overrides, and errors without a traceback.
+
+Nothing heavy is imported until a verb needs it: ``qlora --help`` and ``qlora recipes list`` never load
+torch.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from qlora import __version__
+from qlora.errors import Interrupted, QLoRAError
+
+app = typer.Typer(
+    name="qlora",
+    help="Fine-tune a language model with QLoRA on one GPU, and prove what came out.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+recipes_app = typer.Typer(help="The recipes that ship with qlora.", no_args_is_help=True)
+app.add_typer(recipes_app, name="recipes")
+
+
+def main() -> None:
+    """Run the command line. A user's mistake ends in a short message and exit code 2."""
+    try:
+        app()
+    except QLoRAError as error:
+        print(f"qlora: {error}", file=sys.stderr)
+        raise SystemExit(error.exit_code) from None
+
+
+def _version(asked: bool) -> None:
+    if asked:
+        print(f"qlora {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+) -> None:
+    pass
+
+
+@app.command()
+def train(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or a name of `qlora recipes list`.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as lora.r=32.")
+    ] = None,
+    resume: Annotated[
+        str | None, typer.Option(help="Go on with this run from its newest whole checkpoint.")
+    ] = None,
+) -> None:
+    """Fine-tune as a recipe says; ends with where the adapter is and what to type next."""
+    from qlora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    try:
+        from qlora import trainer
+
+        trainer.train(loaded, resume=resume)
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
+
+
+@app.command()
+def init(
+    data: Annotated[Path, typer.Argument(help="Your data: .jsonl .json .csv .tsv .parquet .txt")],
+    model: Annotated[str, typer.Option(help="The base: a folder or a hub id.")],
+    card: Annotated[
+        str | None, typer.Option(help="What it should fit: 12GB, t4, rtx3060 ...; default: yours.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The recipe to write; default: DATA's name.")
+    ] = None,
+) -> None:
+    """Look at a data file and write a commented recipe that is ready to train."""
+    from qlora import cards, draft, hub
+    from qlora.errors import RecipeError
+    from qlora.recipe import is_local
+
+    target = out or Path(f"{data.stem}.yaml")
+    wanted = cards.named_card(card) if card else None
+    if target.exists():
+        raise RecipeError(f"{target}: exists already. Name another with --out, or remove it first.")
+    seen = draft.look(data)  # refuses a bad file before anything slow
+    config = count = None
+    if is_local(model) or not hub.unreachable():
+        from qlora import hardware
+
+        config, count = draft.read_base(model, data, seen.columns)
+        wanted = wanted or hardware.card()
+    seen, plan = draft.write(data, model, target, card=wanted, config=config, count=count)
+    print(f"{data.name}: {seen.rows:,} rows, read as {seen.form}")
+    if plan is not None:
+        print(f"{plan.total_bytes / cards.GIB:.2f} GiB predicted on {plan.card.name}")
+    else:
+        print(
+            "not planned: the model's config.json cannot be read here; `qlora train` will check the fit"
+        )
+    print(f"wrote {target}\nnext: qlora train {target}")
+
+
+@app.command()
+def chat(
+    run: Annotated[str, typer.Argument(help="A run directory, or runs/NAME for its newest.")],
+    base: Annotated[
+        bool, typer.Option("--base", help="Let the base answer first, to compare.")
+    ] = False,
+    system: Annotated[str | None, typer.Option(help="A system turn to begin with.")] = None,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.0,
+    top_p: Annotated[float, typer.Option(min=0.0, max=1.0, help="Nucleus sampling.")] = 1.0,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 256,
+) -> None:
+    """Talk to a tuned model in the terminal; answers are streamed."""
+    from rich.console import Console
+
+    from qlora import rundir
+
+    rundir.open_run(run)
+    from qlora import chat as story
+    from qlora.generation import Sampling
+
+    sampling = Sampling(temperature, top_p, max_new_tokens)
+    story.converse(run, Console(), _questions(), sampling, compare=base, system=system)
+
+
+def _questions() -> Iterator[str]:
+    """Lines typed at a prompt, or piped in."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - line editing and history at the prompt, where there is any
+    while True:
+        try:
+            line = input("you   " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        if not sys.stdin.isatty():
+            print(f"you   {line}")
+        yield line
+
+
+@app.command()
+def doctor(
+    folder: Annotated[Path, typer.Option("--dir", help="Where runs would be written.")] = Path(
+        "runs"
+    ),
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON.")] = False,
+) -> None:
+    """Try each thing a run leans on: card, NF4 kernel, packages, disk, hub. Exit code 2 if one fails."""
+    import dataclasses
+    import json
+
+    from rich.console import Console
+
+    from qlora import doctor as story
+
+    checks = story.examine(folder)
+    if as_json:
+        print(json.dumps([dataclasses.asdict(check) for check in checks], indent=2))
+    else:
+        console = Console()
+        marks = {
+            "ok": "[green]ok[/green]  ",
+            "note": "[yellow]note[/yellow]",
+            "fail": "[red]fail[/red]",
+        }
+        for check in checks:
+            console.print(
+                f"{marks[check.status]}  [bold]{check.name:<10}[/bold] ", end="", highlight=False
+            )
+            console.print(check.found, markup=False, highlight=False, soft_wrap=True)
+            if check.advice:
+                console.print(f"{'':18}{check.advice}", style="dim", markup=False, soft_wrap=True)
+    if any(check.status == "fail" for check in checks):
+        raise typer.Exit(2)
+
+
+@recipes_app.command("list")
+def list_recipes() -> None:
+    """Every shipped recipe with its summary."""
+    from qlora import cookbook
+
+    entries = cookbook.entries()
+    width = max(len(entry.name) for entry in entries)
+    for entry in entries:
+        print(f"{entry.name:<{width}}  {entry.summary}")
+
+
+@recipes_app.command("show")
+def show_recipe(
+    name: Annotated[str, typer.Argument(help="A shipped recipe, or a file.")],
+    overrides: Annotated[list[str] | None, typer.Argument(help="section.key=value")] = None,
+    resolved: Annotated[
+        bool, typer.Option("--resolved", help="Every value, defaults and overrides included.")
+    ] = False,
+) -> None:
+    """Print a recipe as it is written, or with every value that will hold."""
+    from qlora import cookbook
+
+    if resolved or overrides:
+        from qlora.recipe import load_recipe
+
+        print(load_recipe(name, overrides or ()).dump(), end="")
+    else:
+        print(cookbook.read(name), end="")
+
+
+@recipes_app.command("copy")
+def copy_recipe(
+    name: Annotated[str, typer.Argument(help="A shipped recipe.")],
+    destination: Annotated[Path, typer.Argument(help="A file or folder; nothing is overwritten.")],
+) -> None:
+    """Copy a shipped recipe to start your own from."""
+    from qlora import cookbook
+
+    path = cookbook.copy(name, destination)
+    print(f"wrote {path}\nnext: qlora train {path}")
+
+
+@recipes_app.command("schema")
+def schema() -> None:
+    """Print the JSON schema of a recipe, for completion and checks in an editor."""
+    import json
+
+    from qlora.settings import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
