@@ -1,0 +1,71 @@
+# Plain `make` lists the targets. Set-up is part of every target that needs it.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+
+.DEFAULT_GOAL := help
+.PHONY: help setup dev quickstart test check lint format types doctor table base tickets bench lock clean
+
+help: ## list the targets
+	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.installed ## make .venv and install the locked dependencies
+
+dev: $(VENV)/.installed-dev ## the same, with what tests and checks need
+
+quickstart: setup ## fine-tune the embedded base on the embedded data, before and after shown
+	$(BIN)/qlora train quickstart
+
+test: dev ## the whole test suite (no network, no GPU needed)
+	$(BIN)/python -m pytest
+
+check: lint types test ## what must pass before a change lands: lint, format, types, tests
+
+lint: dev ## ruff, and that everything is formatted
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+types: dev ## mypy, strict, on the ground floor
+	$(BIN)/mypy
+
+format: dev ## format everything
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+doctor: setup ## is this machine ready to train?
+	$(BIN)/qlora doctor
+
+table: setup ## predicted peaks of the shipped recipes into recipes/README.md
+	$(BIN)/python scripts/recipe_table.py
+
+tickets: setup ## generate the embedded task again (byte-identical)
+	$(BIN)/python scripts/make_tickets.py
+
+base: setup ## pretrain the embedded base again (about half an hour on two cores)
+	$(BIN)/python scripts/pretrain_base.py
+
+bench: setup ## the benchmarks that need no GPU
+	$(BIN)/python scripts/bench_startup.py
+	$(BIN)/python scripts/bench_train.py
+	$(BIN)/python scripts/bench_quickstart.py
+
+lock: dev ## write the locks from what is installed in .venv
+	$(BIN)/python scripts/write_locks.py
+
+clean: ## remove .venv, caches and runs
+	rm -rf $(VENV) runs wandb .pytest_cache .mypy_cache .ruff_cache
+
+$(VENV)/bin/python:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "make: $$($(PYTHON) --version) found; Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
+	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	@touch $@
