@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,16 +62,26 @@ def load(recipe: Recipe, commit: str | None = None) -> tuple[Any, str]:
     return tokenizer, note
 
 
-def render(tokenizer: Any, turns: Sequence[Turn], *, reply: bool = False) -> str:
+def render(
+    tokenizer: Any,
+    turns: Sequence[Turn],
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    reply: bool = False,
+) -> str:
     """The chat template's text of some turns; with ``reply``, up to where the assistant speaks.
 
     Raises:
         DataError: The template refuses these turns (many refuse a system turn).
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=reply)
-    except TemplateError as error:
+        text = tokenizer.apply_chat_template(
+            [turn.message() for turn in turns],
+            tools=list(tools) or None,
+            tokenize=False,
+            add_generation_prompt=reply,
+        )
+    except (TemplateError, TypeError) as error:
         raise DataError(
             f"the chat template refuses the turns {[turn.role for turn in turns]}: {error}"
         ) from None

@@ -15,24 +15,6 @@ CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# The shapes of the field's templates, with this tokenizer's special tokens in their places.
-TEMPLATES = {
-    "chatml": CHATML,
-    "llama 3": "{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.role }}<|pad|>\n\n"
-    "{{ m.content | trim }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant<|pad|>\n\n{% endif %}",
-    "mistral": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }}<|im_end|>{% endif %}{% endfor %}",
-    "llama 2": "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
-    "{% elif m.role == 'assistant' %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}",
-    "gemma": "{% for m in messages %}<|im_start|>{{ 'model' if m.role == 'assistant' else m.role }}\n"
-    "{{ m.content | trim }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>model\n{% endif %}",
-    "empty thinking": "{% for m in messages %}<|im_start|>{{ m.role }}\n"
-    "{% if m.role == 'assistant' and loop.last %}<think>\n\n</think>\n\n{% endif %}"
-    "{{ m.content }}<|im_end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}",
-}
 ONE = Record((Turn("user", "What is two plus two?"), Turn("assistant", "It makes 4.")))
 TWO = Record((*ONE.turns, Turn("user", "And one more?"), Turn("assistant", "Then it is 5, not 4.")))
 
@@ -60,22 +42,6 @@ def spoken(tok, row) -> list[str]:
     return stretches
 
 
-@pytest.mark.parametrize("name", TEMPLATES)
-def test_the_answer_and_its_end_of_turn_train_and_nothing_else(tok, name):
-    row = renderer(tok, TEMPLATES[name]).encode(ONE)
-    (said,) = spoken(tok, row)
-    assert said.endswith("<|im_end|>")
-    answer = said.removesuffix("<|im_end|>").replace("<think>\n\n</think>", "").strip()
-    assert answer == "It makes 4."
-
-
-@pytest.mark.parametrize("name", ["chatml", "llama 3", "mistral", "llama 2", "gemma"])
-def test_every_assistant_turn_trains(tok, name):
-    row = renderer(tok, TEMPLATES[name]).encode(TWO)
-    said = [piece.removesuffix("<|im_end|>").strip() for piece in spoken(tok, row)]
-    assert said == ["It makes 4.", "Then it is 5, not 4."]
-
-
 def test_the_tokens_are_exactly_those_of_the_template(tok):
     made = renderer(tok)
     for record in (ONE, TWO):
@@ -98,24 +64,68 @@ def test_labels_equal_the_mask_of_a_template_with_generation_markers():
         assert [int(label != IGNORED) for label in row.labels] == reference["assistant_masks"]
 
 
-def test_the_prompt_of_a_question_is_the_beginning_of_its_training_row(tok):
-    for template in TEMPLATES.values():
-        made = renderer(tok, template)
-        for record in (ONE, TWO):
-            prompt = made.prompt_ids(record)
-            assert made.encode(record).input_ids[: len(prompt)] == prompt
+def test_with_loss_on_all_everything_trains_but_the_first_token(tok):
+    """No token comes before it, so none could predict it."""
+    row = renderer(tok, loss_on="all").encode(ONE)
+    assert row.labels == [IGNORED, *row.input_ids[1:]]
+    assert row.supervised == len(row.input_ids) - 1
 
 
-def test_a_beginning_of_text_that_the_template_writes_is_not_doubled(tok):
-    tok.bos_token = "<|endoftext|>"
-    tok.add_bos_token = True
-    row = renderer(tok, TEMPLATES["llama 3"]).encode(ONE)
-    assert row.input_ids.count(tok.bos_token_id) == 1
+def test_a_space_that_the_template_puts_before_the_end_of_turn_trains_with_it(tok):
+    """As in Llama 2's."""
+    template = (
+        "{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+        "{% else %} {{ m.content }} <|im_end|>{% endif %}{% endfor %}"
+    )
+    said = spoken(tok, renderer(tok, template).encode(TWO))
+    assert said == [" It makes 4. <|im_end|>", " Then it is 5, not 4. <|im_end|>"]
 
 
-def test_without_completion_only_everything_trains(tok):
-    row = renderer(tok, completion_only=False).encode(ONE)
-    assert row.labels == row.input_ids
+# Ends only the last answer with a token; others end with a line.
+SPARING = (
+    "{% for m in messages %}{{ m.role }}: {{ m.content }}"
+    "{{ '<|im_end|>' if loop.last and m.role == 'assistant' else '\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+
+
+def test_an_answer_that_trains_without_an_end_of_turn_is_refused(tok):
+    with pytest.raises(
+        DataError, match="answer in turn 2 ends, so the model would not learn to stop"
+    ):
+        renderer(tok, SPARING).encode(TWO)
+    twice = Record((*ONE.turns, ONE.turns[0], Turn("user", "It makes 4."), ONE.turns[1]))
+    with pytest.raises(
+        DataError, match="answer in turn 2 ends, so the model would not learn to stop"
+    ):
+        renderer(tok, SPARING).encode(twice)
+
+
+def test_an_answer_that_does_not_train_needs_no_end_of_turn(tok):
+    row = renderer(tok, SPARING, loss_on="last_assistant").encode(TWO)
+    (said,) = spoken(tok, row)
+    assert said.strip() == "Then it is 5, not 4.<|im_end|>"
+
+
+def test_no_byte_of_a_letter_trains_that_ends_an_answer_that_must_not(tok):
+    answer = Turn("assistant", "Yes \U0001f600", train=False)
+    record = Record((ONE.turns[0], answer, *TWO.turns[2:]))
+    row = renderer(tok, SPARING, loss_on="all").encode(record)
+    assert len(tok("\U0001f600")["input_ids"]) > 1
+    first, second = spoken(tok, row)
+    assert first.endswith("assistant: ") and second.startswith("\nuser: And one more?")
+
+
+def test_a_turn_that_the_template_hides_is_refused(tok):
+    hiding = "{% for m in messages if m.role != 'system' %}" + CHATML.partition("%}")[2]
+    with pytest.raises(DataError, match=r"does not show turn 1 \(system\) to the model"):
+        renderer(tok, hiding).encode(Record((Turn("system", "Be brief."), *ONE.turns)))
+
+
+def test_an_answer_that_the_template_rewrites_is_refused(tok):
+    rewriting = CHATML.replace("m.content", "m.content | replace('makes', 'is')")
+    with pytest.raises(DataError, match="drops or rewrites the answer in turn 2"):
+        renderer(tok, rewriting).encode(ONE)
 
 
 def test_a_template_that_ends_turns_with_no_special_token_is_refused(tok):
@@ -163,6 +173,13 @@ def test_a_plain_completion_that_ends_itself_gets_no_second_end(tok):
     assert row.input_ids.count(tok.eos_token_id) == 1 and row.labels[-1] == tok.eos_token_id
 
 
+def test_a_plain_completion_that_is_one_token_with_its_prompt_is_refused(tok):
+    merged = next(text for text in ("at", "in", "er", "the") if len(tok(text)["input_ids"]) == 1)
+    row = {"prompt": f"{merged[0]}", "completion": merged[1:]}
+    with pytest.raises(DataError, match="makes one token of the answer and what stands before it"):
+        Renderer(tok, chat=False).encode(records.parse(row, "prompt_completion"))
+
+
 def test_a_plain_alpaca_row_keeps_the_answer_on_a_line_of_its_own(tok):
     row = {"instruction": "Name a colour.", "input": "A sky.", "output": "Blue."}
     encoded = Renderer(tok, chat=False).encode(records.parse(row, "alpaca"))
@@ -172,4 +189,5 @@ def test_a_plain_alpaca_row_keeps_the_answer_on_a_line_of_its_own(tok):
 
 def test_a_text_trains_as_a_whole(tok):
     row = Renderer(tok, chat=False).encode(Record((), "Once upon a time."))
-    assert spoken(tok, row) == ["Once upon a time." + tok.eos_token]
+    assert tok.decode(row.input_ids) == "Once upon a time." + tok.eos_token
+    assert row.labels == [IGNORED, *row.input_ids[1:]]  # nothing stands before the first
