@@ -17,12 +17,14 @@ import torch
 from torch.nn import functional
 from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
+from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 
-from qlora import adapter, cards, data
+from qlora import adapter, cards
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import RecipeError
+from qlora.packing import Collator, Layout
 from qlora.rendering import IGNORED
 from qlora.rundir import Run
 from qlora.settings import Recipe
@@ -35,24 +37,60 @@ class Observer(Protocol):
 
 
 class RowTrainer(SFTTrainer):
-    """TRL's trainer, which also says what is in a batch, and keeps the adapter's dtype.
+    """TRL's trainer, over steps of rows that :class:`qlora.packing.Collator` has laid out.
 
-    Row numbers are taken out before the model sees the batch. The dtype of the adapter is restored
-    and asserted at the last moment before the optimizer exists, which is after a resume as well.
+    A batch of its loader is all the rows of an optimizer step, as micro-batches. The dtype of the
+    adapter is restored and asserted at the last moment before the optimizer exists, which is after a
+    resume as well.
     """
 
     observers: Sequence[Observer] = ()
+    _held_out_sums: list[tuple[float, int]]
 
-    def training_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        rows, tokens = inputs.pop("rows"), inputs.pop("tokens")
-        loss = super().training_step(model, inputs, *args, **kwargs)
-        for observer in self.observers:
-            observer.saw(rows, tokens, loss)
-        return loss
+    def training_step(
+        self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
+    ) -> torch.Tensor:
+        """One optimizer step's gradient: each micro-batch forward and backward.
 
-    def prediction_step(self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        del inputs["rows"], inputs["tokens"]
-        return super().prediction_step(model, inputs, *args, **kwargs)
+        The Trainer's own accumulation stays at 1: how many passes a step needs depends on how its rows
+        lie. Every pass divides its sum of losses by the supervised tokens of the whole step.
+        """
+        losses = []
+        for batch, rows, tokens in zip(
+            inputs["micro_batches"], inputs["rows"], inputs["tokens"], strict=True
+        ):
+            loss = super().training_step(model, batch, inputs["supervised"])
+            for observer in self.observers:
+                observer.saw(rows, tokens, loss)
+            losses.append(loss)
+        return torch.stack(losses).sum()
+
+    def prediction_step(
+        self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, None, None]:
+        """The mean loss of a batch's supervised tokens; sums are kept for :meth:`evaluation_loop`."""
+        total = torch.zeros((), dtype=torch.float64)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            for batch in inputs["micro_batches"]:
+                moved = self._prepare_inputs(batch)
+                total = total + self.compute_loss(model, moved, num_items_in_batch=1).double().cpu()
+        self._held_out_sums.append((float(total), inputs["supervised"]))
+        return total / inputs["supervised"], None, None
+
+    def evaluation_loop(
+        self, *args: Any, metric_key_prefix: str = "eval", **kwargs: Any
+    ) -> EvalLoopOutput:
+        """The Trainer's loop, whose loss is the mean over supervised tokens, as in training.
+
+        transformers 5.23 takes the mean of the batches' means, which weighs a token of a short answer
+        more than one of a long answer and changes with the batch size.
+        """
+        self._held_out_sums = []
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        total = math.fsum(loss for loss, _ in self._held_out_sums)
+        count = sum(supervised for _, supervised in self._held_out_sums)
+        output.metrics[f"{metric_key_prefix}_loss"] = total / count
+        return output
 
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, without a trace: its loader would draw from dropout's random state."""
@@ -70,10 +108,13 @@ class RowTrainer(SFTTrainer):
         """TRL's fused loss on a card; on a CPU the same sum over materialized logits.
 
         The fused loss saves a card's memory by computing the head twice. A CPU has the memory and not
-        the time: the step of a small model is a third shorter this way.
+        the time: the step of a small model is a third shorter this way. Where rows of the head train,
+        the logits are materialized too: TRL 1.16 reads ``lm_head.weight``, which in peft 0.21 is the
+        frozen one.
         """
-        plain = self.args.use_cpu and self.args.loss_type == "nll" and not self.aux_loss_enabled
-        if not plain or return_outputs:
+        usual = self.args.loss_type == "nll" and not self.aux_loss_enabled
+        plain = self.args.use_cpu or adapter.trains_tokens(self.model)
+        if not (plain and usual) or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         labels = inputs.pop("labels")[:, 1:].flatten()
         logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
@@ -99,6 +140,7 @@ def build(
     model: Any,
     tok: Any,
     prepared: Prepared,
+    layout: Layout,
     *,
     observers: Sequence[Observer],
     callbacks: Sequence[TrainerCallback],
@@ -110,7 +152,7 @@ def build(
         train_dataset=prepared.train,
         eval_dataset=prepared.held_out,
         processing_class=tok,
-        data_collator=data.Collator(tok.pad_token_id, multiple=8 if card.kind == "cuda" else 1),
+        data_collator=Collator(layout, tok.pad_token_id, 8 if card.kind == "cuda" else 1),
         callbacks=list(callbacks),
     )
     trainer.remove_callback(PrinterCallback)
@@ -126,15 +168,16 @@ def sft_config(recipe: Recipe, run: Run, card: Card, rows: int) -> SFTConfig:
     shared = {
         name: getattr(settings, name)
         for name in (
-            "num_train_epochs", "per_device_train_batch_size", "gradient_accumulation_steps",
-            "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay", "max_grad_norm",
-            "seed", "logging_steps", "save_total_limit",
+            "num_train_epochs", "learning_rate", "lr_scheduler_type", "warmup_steps", "weight_decay",
+            "max_grad_norm", "seed", "logging_steps", "save_total_limit",
         )
     }  # fmt: skip
     config = SFTConfig(
         output_dir=str(run.checkpoints),
         max_steps=settings.max_steps or -1,
-        per_device_eval_batch_size=settings.per_device_train_batch_size,
+        per_device_train_batch_size=rows_per_step(recipe),  # see RowTrainer.training_step
+        gradient_accumulation_steps=1,
+        per_device_eval_batch_size=rows_per_step(recipe),
         optim=cards.optimizer(recipe, card),
         bf16=dtype == "bfloat16",
         fp16=dtype == "float16",
@@ -158,6 +201,11 @@ def sft_config(recipe: Recipe, run: Run, card: Card, rows: int) -> SFTConfig:
     if settings.save_steps is None:
         config.save_steps = max(1, math.ceil(_total_steps(config, rows) / 4))
     return config
+
+
+def rows_per_step(recipe: Recipe) -> int:
+    """Rows of one optimizer step."""
+    return recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
 
 
 def require_known_fields(recipe: Recipe) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from qlora import adapter, data, loader, sft, tokenizer
+from qlora import adapter, data, loader, packing, sft, tokenizer
 from qlora.errors import RecipeError
 from qlora.rundir import Run
 
@@ -28,9 +28,14 @@ CHANGED = {
 
 @pytest.mark.parametrize("name", CHANGED)
 def test_each_setting_reaches_trl_under_its_own_name(make_recipe, config_of, name):
-    was = getattr(config_of(make_recipe()), name)
-    now = getattr(config_of(make_recipe(**{f"train__{name}": CHANGED[name]})), name)
-    assert now == CHANGED[name] != was
+    was, now = make_recipe(), make_recipe(**{f"train__{name}": CHANGED[name]})
+    if name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        # A batch of the Trainer's is a whole step; sft.RowTrainer takes it in parts.
+        assert sft.rows_per_step(now) == config_of(now).per_device_train_batch_size
+        assert config_of(now).gradient_accumulation_steps == 1
+        assert sft.rows_per_step(now) != sft.rows_per_step(was)
+    else:
+        assert getattr(config_of(now), name) == CHANGED[name] != getattr(config_of(was), name)
 
 
 def test_every_training_setting_is_covered_by_the_test_above(make_recipe):
@@ -66,7 +71,8 @@ def build(recipe, cpu, run):
     tok, _ = tokenizer.load(recipe)
     prepared = data.prepare(recipe, tok, config.vocab_size)
     model = adapter.attach(loader.load_base(recipe, cpu, config, bars=False).model, recipe)
-    return sft.build(recipe, run, cpu, model, tok, prepared, observers=(), callbacks=())
+    layout, _ = packing.choose(recipe, model, prepared.train[:3]["input_ids"], "sdpa")
+    return sft.build(recipe, run, cpu, model, tok, prepared, layout, observers=(), callbacks=())
 
 
 def test_the_adapter_is_fp32_after_trls_constructor_and_again_before_the_optimizer(
@@ -85,7 +91,7 @@ def test_the_adapter_is_fp32_after_trls_constructor_and_again_before_the_optimiz
 def test_the_plain_loss_on_a_cpu_equals_trls_fused_loss(make_recipe, cpu, tmp_path):
     trainer = build(make_recipe(), cpu, Run(tmp_path))
     batch = next(iter(trainer.get_train_dataloader()))
-    del batch["rows"], batch["tokens"]
+    (batch,) = batch["micro_batches"]
     for items in (None, torch.tensor(37)):
         ours = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=items)
         theirs = super(sft.RowTrainer, trainer).compute_loss(
@@ -100,3 +106,25 @@ def test_the_number_of_steps_is_known_before_training(make_recipe, cpu, tmp_path
     expected = trainer.total_steps
     trainer.train()
     assert trainer.state.global_step == expected == 2 * -(-len(trainer.train_dataset) // 4)
+
+
+def test_the_held_out_loss_is_the_mean_over_supervised_tokens_whatever_the_batch(
+    make_recipe, cpu, tmp_path
+):
+    """The independent reference: each row alone, its summed loss by transformers' own model loss."""
+    found = []
+    for rows, packing_asked in ((1, False), (3, False), (8, True)):
+        recipe = make_recipe(
+            train__per_device_train_batch_size=rows, data__packing=packing_asked,
+            data__held_out_fraction=0.4,
+        )  # fmt: skip
+        trainer = build(recipe, cpu, Run(tmp_path))
+        found.append(trainer.evaluate()["eval_loss"])
+    total = count = 0.0
+    for row in trainer.eval_dataset:
+        ids, labels = (torch.tensor([row[name]]) for name in ("input_ids", "labels"))
+        with torch.no_grad():
+            mean = trainer.model(input_ids=ids, labels=labels).loss
+        supervised = int((labels[:, 1:] != -100).sum())
+        total, count = total + float(mean) * supervised, count + supervised
+    assert found == pytest.approx([total / count] * 3, rel=1e-5)

@@ -37,6 +37,7 @@ from qlora.errors import (
     RecipeError,
     TrainingDiverged,
 )
+from qlora.packing import Layout
 from qlora.records import Record, Turn
 from qlora.rendering import Renderer
 
@@ -100,11 +101,13 @@ def test_the_losses_are_those_of_a_loop_written_by_hand(make_recipe, cpu):
     model.train()
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=recipe.train.learning_rate, weight_decay=0.0)
+    layout = Layout(128, 4, packed=False)  # the run itself packed its rows
     built = sft.build(
-        recipe, run, cpu, model, tok, prepared, observers=(), callbacks=()
+        recipe, run, cpu, model, tok, prepared, layout, observers=(), callbacks=()
     )  # only for its order of rows
     expected = []
-    for batch in list(built.get_train_dataloader())[:4]:
+    for step in list(built.get_train_dataloader())[:4]:
+        (batch,) = step["micro_batches"]
         ids, labels = batch["input_ids"], batch["labels"]
         logits = model(input_ids=ids, attention_mask=batch["attention_mask"]).logits
         loss = torch.nn.functional.cross_entropy(
@@ -303,7 +306,9 @@ def test_a_row_that_is_too_long_does_not_shift_the_addresses(make_recipe, tmp_pa
     ]
     file = tmp_path / "mixed.jsonl"
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    recipe = make_recipe(data__train=str(file), data__held_out_fraction=0.0)
+    recipe = make_recipe(
+        data__train=str(file), data__held_out_fraction=0.0, data__max_lost_fraction=0.1
+    )
     config = loader.read_config(recipe)
     tok, _ = tokenizer.load(recipe)
     prepared = data.prepare(recipe, tok, config.vocab_size)
