@@ -11,7 +11,9 @@ from typing import Any
 from qlora import document, memory, records, rundir, sources
 from qlora.cards import GIB, Card
 from qlora.errors import DataError, RecipeError
+from qlora.ledger import length_that_keeps
 from qlora.recipe import EMBEDDED, is_local, recipe_from
+from qlora.settings import Data
 from qlora.shape import Shape
 
 # Column names of well-known data sets, as ours.
@@ -30,6 +32,8 @@ ALIASES: tuple[dict[str, str], ...] = (
     {"text": "document"},
 )
 CHARS_PER_TOKEN = 3.0  # English is nearer to 4; a low figure errs towards a longer max_length
+Count = Callable[[records.Record], tuple[int, int]]
+LOST = Data.model_fields["max_lost_fraction"].default
 ROWS_MEASURED = 20_000  # more would not change the advice
 
 
@@ -41,6 +45,7 @@ class Seen:
     form: records.Format
     columns: dict[str, str]
     lengths: tuple[int, ...]  # tokens a row, ascending
+    supervised: tuple[int, ...]  # how many of them train, row by row
     counted: bool  # by the tokenizer, rather than estimated from characters
 
     def keeping(self, share: float) -> int:
@@ -51,13 +56,25 @@ class Seen:
         """The share of rows that exceed a length."""
         return sum(row > length for row in self.lengths) / len(self.lengths)
 
+    def lost_beyond(self, length: int) -> float:
+        """The share of the tokens that train which stand in rows longer than a length."""
+        pairs = zip(self.lengths, self.supervised, strict=True)
+        return sum(trains for row, trains in pairs if row > length) / sum(self.supervised)
 
-def look(path: Path, count: Callable[[records.Record], int] | None = None) -> Seen:
+    def enough(self) -> int:
+        """The length that 99 % of the rows do not exceed, nor half of what a run may lose."""
+        pairs = zip(self.lengths, self.supervised, strict=True)
+        kept = length_that_keeps(pairs, 1 - LOST / 2)
+        return self.keeping(0.99) if self.form == "text" else max(self.keeping(0.99), kept)
+
+
+def look(path: Path, count: Count | None = None) -> Seen:
     """Read a data file as training would and describe it.
 
     Args:
         path: The file.
-        count: Tokens of a record, where a tokenizer is at hand; otherwise they are estimated.
+        count: Tokens of a record and how many of them train, where a tokenizer is at hand; otherwise
+            they are estimated.
 
     Raises:
         DataError: Unreadable, an unknown shape, or a row that cannot be used.
@@ -76,8 +93,9 @@ def look(path: Path, count: Callable[[records.Record], int] | None = None) -> Se
         f"{path.name}: read as {form}; {len(problems):,} rows cannot be used. Mend or remove them:",
     )
     measure = count or _estimate
-    lengths = sorted(measure(record) for record in kept[:ROWS_MEASURED])
-    return Seen(len(rows), form, columns, tuple(lengths), count is not None)
+    pairs = sorted(measure(record) for record in kept[:ROWS_MEASURED])
+    lengths, supervised = zip(*pairs, strict=True)
+    return Seen(len(rows), form, columns, lengths, supervised, count is not None)
 
 
 def write(
@@ -87,7 +105,7 @@ def write(
     *,
     card: Card | None = None,
     config: Mapping[str, Any] | None = None,
-    count: Callable[[records.Record], int] | None = None,
+    count: Count | None = None,
 ) -> tuple[Seen, memory.Plan | None]:
     """Write a recipe for a data file and a base.
 
@@ -97,7 +115,7 @@ def write(
         out: The recipe to write; never overwritten.
         card: What it should fit, if known.
         config: The model's config.json, if it could be read; without it nothing is planned.
-        count: Tokens of a record, if the tokenizer could be read.
+        count: Tokens of a record and how many train, if the tokenizer could be read.
 
     Returns:
         What was seen in the data, and the plan where there is one.
@@ -111,7 +129,7 @@ def write(
         raise RecipeError(f"{out}: exists already. Name another with --out, or remove it first.")
     seen = look(data, count)
     shape = None if config is None else Shape.from_config(config)
-    length = _round_up(seen.keeping(0.99), 64)
+    length = _round_up(seen.enough(), 64)
     if config is not None:
         text = config.get("text_config") or config
         length = min(length, int(text.get("max_position_embeddings") or length))
@@ -134,7 +152,7 @@ def write(
 
 def read_base(
     model: str, data: Path, columns: Mapping[str, str]
-) -> tuple[Mapping[str, Any], Callable[[records.Record], int]]:
+) -> tuple[Mapping[str, Any], Count]:
     """A base's configuration, and a function that counts a record's tokens as training would.
 
     Raises:
@@ -154,9 +172,12 @@ def read_base(
     return config.values, datasets.token_counter(recipe, tok)
 
 
-def _estimate(record: records.Record) -> int:
+def _estimate(record: records.Record) -> tuple[int, int]:
+    answers = sum(len(turn.content) for turn in record.turns if turn.role == "assistant")
     chars = len(record.text) + sum(len(turn.content) for turn in record.turns)
-    return int(chars / CHARS_PER_TOKEN) + 32
+    return int(chars / CHARS_PER_TOKEN) + 32, int(
+        (len(record.text) + answers) / CHARS_PER_TOKEN
+    ) + 1
 
 
 def _mapping(row: Mapping[str, Any], origin: str) -> dict[str, str]:
@@ -221,16 +242,24 @@ def _text(
     lengths = (
         f"  # Half of the rows have at most {seen.keeping(0.5):,}, 99 % at most "
         f"{seen.keeping(0.99):,}, the longest {seen.lengths[-1]:,}\n"
-        f"  # ({how}). Rows longer than max_length are dropped and listed.\n"
+        f"  # ({how}). "
+        + (
+            "A longer one becomes several.\n"
+            if seen.form == "text"
+            else "Rows longer than max_length are dropped and listed.\n"
+        )
     )
     dropped = seen.longer_than(length)
-    if dropped > 0.5:
+    if dropped > 0.5 and seen.form != "text":
         raise DataError(f"{data.name}: {dropped:.0%} of the rows are longer than {length} tokens.")
-    allowance = ""
-    if dropped > 0.05:
-        allowance = (
-            f"  max_drop_fraction: {math.ceil(dropped * 100) / 100}  # {dropped:.0%} of the rows are "
-            "longer; by default 5 % may be\n"
+    over = ""
+    lost = seen.lost_beyond(length)
+    if seen.form == "text":
+        over = "  over_length: split\n"
+    elif lost > LOST / 2:
+        over = (
+            f"  max_lost_fraction: {min(1.0, math.ceil(lost * 150) / 100)}  # {dropped:.0%} of the rows "
+            f"are longer, with {lost:.1%} of what trains; by default {LOST:.0%} may be lost\n"
         )
     rate, why = _learning_rate(shape)
     steps = 16 // batch
@@ -248,7 +277,7 @@ data:
   train: {_quoted(_beside(data, out))}
   format: {seen.form}
 {columns}{lengths}  max_length: {length}
-{allowance}  held_out_fraction: 0.05  # never trained on, chosen by content; or held_out: FILE
+{over}  held_out_fraction: 0.05  # never trained on, chosen by content; or held_out: FILE
 
 lora:
   r: 16  # rank matters little; all linear layers matter (QLoRA, figure 2)

@@ -17,3 +17,10 @@ def shown(path: Path) -> str:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:
         return str(path)
+
+
+def cache() -> Path:
+    """Where things live that can be made again: ``QLORA_CACHE``, else ``~/.cache/qlora``."""
+    if own := os.environ.get("QLORA_CACHE"):
+        return expanded(own)
+    return expanded(os.environ.get("XDG_CACHE_HOME") or "~/.cache") / "qlora"

@@ -15,14 +15,16 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora import cookbook, document
-from qlora.errors import RecipeError
+from qlora import cookbook, document, sources
+from qlora.errors import DataError, RecipeError
 from qlora.places import expanded, shown
-from qlora.settings import Recipe
+from qlora.settings import Recipe, Source
 
 EMBEDDED = "embedded:"  # scheme of what ships inside the package
 HUB = "hub:"  # scheme of a data set on the Hugging Face hub
 
+
+_NAME = "constrained-str"  # pydantic's word for the first of the two things a source may be
 
 # Words people bring from other tools, per name here.
 _SYNONYMS = {
@@ -36,6 +38,8 @@ _SYNONYMS = {
     "sequence_len": "max_length", "cutoff_len": "max_length", "path": "name", "base": "name",
     "base_model": "name", "model_name_or_path": "name", "dataset": "train", "val": "held_out",
     "validation": "held_out", "output_dir": "dir", "report": "report_to", "dtype": "compute_dtype",
+    "completion_only_loss": "loss_on", "assistant_only_loss": "loss_on", "train_on_inputs": "loss_on",
+    "max_drop_fraction": "max_lost_fraction", "sample_packing": "packing",
 }  # fmt: skip
 
 
@@ -119,17 +123,24 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
     data = values.get("data")
     if isinstance(data, dict):
         for key in ("train", "held_out", "chat_template"):
-            if isinstance(data.get(key), str):
-                data[key] = _absolute(data[key], folder)
-            elif isinstance(data.get(key), list | tuple):
-                data[key] = [
-                    _absolute(item, folder) if isinstance(item, str) else item for item in data[key]
-                ]
+            if key in data:
+                data[key] = _anchored(data[key], folder)
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("name"), str):
         name = model["name"]
         if name and (name.startswith(("./", "../", "~")) or (folder / name).is_dir()):
             model["name"] = _absolute(name, folder)
+
+
+def _anchored(value: Any, folder: Path) -> Any:
+    """A name, a source's mapping, or a list of them, with absolute file names."""
+    if isinstance(value, str):
+        return _absolute(value, folder)
+    if isinstance(value, list | tuple):
+        return [_anchored(item, folder) for item in value]
+    if isinstance(value, dict) and isinstance(value.get("name"), str):
+        return value | {"name": _absolute(value["name"], folder)}
+    return value
 
 
 def _absolute(name: str, folder: Path) -> str:
@@ -171,11 +182,16 @@ def _validate(
         overridden = {tuple(o.partition("=")[0].strip().split(".")) for o in overrides}
         seen: dict[str, None] = {}
         problems = error.errors()
-        inside = {problem["loc"][:-1] for problem in problems}
+        inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
         for problem in problems:
             if problem["type"] == "too_short" and problem["loc"] in inside:
                 continue  # pydantic counts only the items that are valid
-            address = tuple(str(part) for part in problem["loc"])
+            # An entry of data.train is a name or a mapping: pydantic complains of either.
+            if problem["loc"][-1:] in ((_NAME,), ("Source",)) and isinstance(
+                problem["input"], dict
+            ) != ("Source" in problem["loc"]):
+                continue
+            address = tuple(str(part) for part in problem["loc"] if part not in (_NAME, "Source"))
             if any(address[:n] in overridden for n in range(1, len(address) + 1)):
                 where = "command line"
             elif line := next(
@@ -209,7 +225,9 @@ def _sentence(problem: Any, address: tuple[str, ...]) -> str:
         "string_pattern_mismatch": "letters, digits, . _ and -, not beginning with a dot",
     }  # fmt: skip
     expected = wants.get(kind) or re.sub(r"^[A-Z]\w+ should (be )?", "", problem["msg"])
-    return f"{name!r} must be {expected}; found {shown}."
+    expected = expected.replace(" after validation, not 0", "")
+    must = "must" if expected.startswith("have ") else "must be"
+    return f"{name!r} {must} {expected}; found {shown}."
 
 
 def _did_you_mean(address: tuple[str, ...]) -> str:
@@ -221,6 +239,8 @@ def _did_you_mean(address: tuple[str, ...]) -> str:
         return f". Sections are {', '.join(sections)}."
     section = sections[address[0]]
     assert isinstance(section, type) and issubclass(section, BaseModel)
+    if address[:2] == ("data", "train"):
+        section = Source
     key = address[-1]
     synonym = _SYNONYMS.get(key)
     if synonym in section.model_fields:
@@ -233,7 +253,7 @@ def _did_you_mean(address: tuple[str, ...]) -> str:
         return f" - did you mean {homes[0]!r}?"
     if address[0] == "train":
         return f". For other settings of TRL write train.sft_config.{key}."
-    return f". Keys of {address[0]!r} are {', '.join(section.model_fields)}."
+    return f". Keys of {'.'.join(address[:-1])!r} are {', '.join(section.model_fields)}."
 
 
 def _homes(key: str) -> list[str]:
@@ -258,14 +278,22 @@ def _field_help(address: tuple[str, ...]) -> str:
 
 def _require_files(recipe: Recipe, origin: str) -> None:
     """Refuse a recipe whose local files are not there, before anything is started."""
-    wanted: list[tuple[str, str | None]] = [("data.train", name) for name in recipe.data.train]
+    wanted: list[tuple[str, str | None]] = [("data.train", s.name) for s in recipe.data.sources]
     wanted.append(("data.held_out", recipe.data.held_out))
     wanted.append(("data.chat_template", recipe.data.chat_template))
-    missing = [
-        f"{origin}: {key} names {name!r}, which is not there.{_nearby(local_path(name))}"
-        for key, name in wanted
-        if name is not None and not name.startswith(HUB) and not local_path(name).is_file()
-    ]
+    missing = []
+    for key, name in wanted:
+        if name is None or name.startswith(HUB) or local_path(name).is_file():
+            continue
+        if sources.is_pattern(name) and key != "data.chat_template":
+            try:
+                sources.expand(local_path(name))
+            except DataError as error:
+                missing.append(f"{origin}: {key}: {error}")
+        else:
+            missing.append(
+                f"{origin}: {key} names {name!r}, which is not there.{_nearby(local_path(name))}"
+            )
     name = recipe.model.name
     if is_local(name) and not local_path(name).exists():
         what = "there is embedded:base" if name.startswith(EMBEDDED) else "no such folder"

@@ -148,10 +148,32 @@ def detect(columns: Iterable[str], origin: str) -> Format:
 
 
 def renamed(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The row under our column names; ``columns`` maps ours to theirs. Others pass unchanged."""
-    theirs = set(columns.values())
+    """The row under our column names; ``columns`` maps ours to theirs. Others pass unchanged.
+
+    Theirs may lie inside a value: ``instances.0.output`` is a key of the first of some objects.
+
+    >>> renamed({"q": "2+2?", "a": [{"text": "4"}]}, {"prompt": "q", "completion": "a.0.text"})
+    {'prompt': '2+2?', 'completion': '4'}
+    """
+    theirs = {name if name in row else name.partition(".")[0] for name in columns.values()}
     kept = {key: value for key, value in row.items() if key not in theirs}
-    return kept | {ours: row[name] for ours, name in columns.items() if name in row}
+    found = {ours: reached(row, name) for ours, name in columns.items()}
+    return kept | {ours: value for ours, value in found.items() if value is not None}
+
+
+def reached(row: Mapping[str, Any], name: str) -> Any:
+    """The value of a column, or inside one by a dotted name; None where there is none."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping):
+            value = value.get(part)
+        elif isinstance(value, list | tuple) and part.isdecimal() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            return None
+    return value
 
 
 def parse(row: Mapping[str, Any], form: Format) -> Record:

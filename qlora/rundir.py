@@ -170,7 +170,7 @@ def write_json(path: Path, value: object) -> None:
 @contextmanager
 def writing_aside(final: Path) -> Iterator[Path]:
     """A folder to fill, renamed to ``final`` when the block ends well and removed when it does not."""
-    aside = final.with_name(f".{final.name}.part")
+    aside = final.with_name(f".{final.name}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:

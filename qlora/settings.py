@@ -19,7 +19,13 @@ def _as_tuple(value: object) -> object:
     return tuple(value) if isinstance(value, list) else value
 
 
+def _as_sources(value: object) -> object:
+    """One file, or one mapping, stands for a list of one."""
+    return (value,) if isinstance(value, str | dict | BaseModel) else _as_tuple(value)
+
+
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
+Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
 
 class _Section(BaseModel):
@@ -76,15 +82,39 @@ class Lora(_Section):
     use_rslora: bool = Field(
         False, description="Scale by 1/sqrt(r), for r >= 64 (arXiv:2312.03732)."
     )
+    train_new_tokens: bool = Field(
+        False,
+        description="Also train the embedding rows of tokens that the data uses and the base never "
+        "learned: just those rows, not a copy of the embedding.",
+    )
+
+
+class Source(_Section):
+    """One of several places that rows come from, where it needs settings of its own."""
+
+    name: str = Field(min_length=1, description="As an entry of data.train.")
+    weight: float | None = Field(
+        None,
+        gt=0,
+        description="Its share of the supervised tokens, relative to the other sources' weights. No "
+        "row is used twice an epoch: what is too much is left out, by a draw with train.seed.",
+    )
+    format: Format | None = Field(None, description="Instead of data.format.")
+    columns: dict[str, str] | None = Field(None, description="Instead of data.columns.")
+    split: str | None = Field(None, description="Instead of data.split.")
+    revision: str | None = Field(None, description="Instead of data.revision.")
 
 
 class Data(_Section):
     """What is learned, from where, and which part of a row trains."""
 
-    train: Strings = Field(
+    train: Annotated[
+        tuple[Annotated[str, Field(min_length=1)] | Source, ...], BeforeValidator(_as_sources)
+    ] = Field(
         min_length=1,
-        description="Files (.jsonl .json .csv .parquet .txt), a hub data set as hub:owner/name, or "
-        "embedded:tickets/train.jsonl.",
+        description="Files (.jsonl .json .csv .tsv .parquet .arrow .txt, also .gz and .zst), patterns "
+        "such as data/*.jsonl, a hub data set as hub:owner/name, embedded:tickets/train.jsonl, or "
+        "mappings {name, weight, format, columns, split, revision}.",
     )
     split: str = Field("train", description="Split of a hub data set.")
     revision: str = Field("main", description="Revision of a hub data set.")
@@ -97,11 +127,18 @@ class Data(_Section):
         lt=1,
         description="Share of rows held out when held_out is not given; equal rows stay together.",
     )
-    format: Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"] = Field(
+    format: Format = Field(
         "auto", description="Shape of a row; auto looks at the columns and says what it found."
     )
     columns: dict[str, str] = Field(
-        {}, description="Your column for ours, such as {prompt: question, completion: answer}."
+        {},
+        description="Your column for ours, such as {prompt: question, completion: answer}; a dotted "
+        "name such as instances.0.output reaches into a column.",
+    )
+    on_bad_row: Literal["error", "skip"] = Field(
+        "error",
+        description="error: any row that cannot be used stops the run, the first twenty are listed; "
+        "skip: they are left out, counted, and written to rejected.jsonl.",
     )
     rendering: Literal["auto", "chat", "plain"] = Field(
         "auto",
@@ -111,15 +148,59 @@ class Data(_Section):
     chat_template: str | None = Field(
         None, description="A Jinja file, for a tokenizer that has no template or an unsuited one."
     )
-    completion_only_loss: bool = Field(
-        True, description="Train on the answers (every assistant turn) and not on the questions."
+    loss_on: Literal["completions", "assistant", "last_assistant", "all"] = Field(
+        "completions",
+        description="What trains. completions: every answer, but of a prompt given as messages "
+        "nothing; assistant: every assistant turn, the prompt's too; last_assistant: the last one; "
+        "all: every token. A turn's own `train: false` (or `weight: 0`) is always obeyed.",
     )
-    max_length: int = Field(
-        1024, ge=8, description="Longest row in tokens; a longer one is dropped."
+    max_length: int = Field(1024, ge=8, description="Longest row in tokens.")
+    over_length: Literal["error", "drop", "truncate", "split"] = Field(
+        "drop",
+        description="A longer row is refused, dropped, shortened (early exchanges first, then the "
+        "prompt; never an answer's end), or, if it is a text, split into several.",
     )
-    max_drop_fraction: float = Field(
-        0.05, ge=0, le=1, description="Refuse to start when a larger share of rows is too long."
+    max_lost_fraction: float = Field(
+        0.01,
+        ge=0,
+        le=1,
+        description="Refuse to start when over-long rows cost a larger share of supervised tokens.",
     )
+    packing: Literal["auto", True, False] = Field(
+        "auto",
+        description="Lay the rows of an optimizer step into as few sequences of max_length as "
+        "possible, each row blind to the others: faster, the same gradients. auto: where that is "
+        "proven on the loaded model, else rows of like length are padded together.",
+    )
+    cache: bool = Field(
+        True, description="Keep tokenized rows on disk, found again by content and tokenizer."
+    )
+
+    @property
+    def sources(self) -> tuple[Source, ...]:
+        """``train`` with every entry's settings filled in."""
+        filled = (Source(name=s) if isinstance(s, str) else s for s in self.train)
+        return tuple(
+            source.model_copy(
+                update={
+                    key: getattr(self, key)
+                    for key in ("format", "columns", "split", "revision")
+                    if getattr(source, key) is None
+                }
+            )
+            for source in filled
+        )
+
+    @model_validator(mode="after")
+    def _all_or_no_source_has_a_weight(self) -> Self:
+        weighted = [source.weight is not None for source in self.sources]
+        if any(weighted) and not all(weighted):
+            name = self.sources[weighted.index(False)].name
+            raise ValueError(
+                f"data.train gives some sources a weight and {name!r} none. Weights are shares of one "
+                "whole: give every source one, or none"
+            )
+        return self
 
 
 class Train(_Section):
@@ -127,8 +208,15 @@ class Train(_Section):
 
     num_train_epochs: float = Field(1.0, gt=0, description="Passes over the training rows.")
     max_steps: int | None = Field(None, ge=1, description="Stop after so many optimizer steps.")
-    per_device_train_batch_size: int = Field(1, ge=1, description="Rows in one forward pass.")
-    gradient_accumulation_steps: int = Field(16, ge=1, description="Passes per optimizer step.")
+    per_device_train_batch_size: int = Field(
+        1, ge=1, description="Sequences of at most data.max_length tokens in one forward pass."
+    )
+    gradient_accumulation_steps: int = Field(
+        16,
+        ge=1,
+        description="Times per_device_train_batch_size, the rows of an optimizer step. Packed rows "
+        "need fewer passes; the step's rows and gradient stay the same.",
+    )
     learning_rate: float = Field(2e-4, gt=0, lt=1, description="Peak rate; 2e-4 suits LoRA to 13B.")
     lr_scheduler_type: Literal[
         "constant_with_warmup", "constant", "cosine", "linear", "cosine_with_min_lr"
@@ -189,8 +277,8 @@ SFT_CONFIG_OWNED: dict[str, str] = {
     "gradient_checkpointing_kwargs": "train.activation_checkpointing",
     "activation_checkpointing_kwargs": "train.activation_checkpointing",
     "max_length": "data.max_length",
-    "completion_only_loss": "data.completion_only_loss",
-    "assistant_only_loss": "data.completion_only_loss",
+    "completion_only_loss": "data.loss_on",
+    "assistant_only_loss": "data.loss_on",
     "chat_template_path": "data.chat_template",
     "dataset_kwargs": "data",
     "dataset_text_field": "data.columns",
@@ -205,8 +293,13 @@ SFT_CONFIG_OWNED: dict[str, str] = {
     "use_cpu": "the hardware found",
     "trust_remote_code": "nothing: remote code is never run",
     "hub_token": "nothing: tokens come from the environment (HF_TOKEN)",
-    "packing": "nothing yet: rows are padded, not packed",
-    "padding_free": "nothing yet: rows are padded, not packed",
+    "packing": "data.packing",
+    "packing_strategy": "data.packing",
+    "padding_free": "data.packing",
+    "eval_packing": "data.packing",
+    "pad_to_multiple_of": "the hardware found",
+    "truncation_mode": "data.over_length",
+    "average_tokens_across_devices": "nothing: there is one device",
     "logging_nan_inf_filter": "nothing: a NaN always stops the run",
     "auto_find_batch_size": "train.per_device_train_batch_size",
     "remove_unused_columns": "nothing: row numbers travel with each batch",
@@ -245,10 +338,9 @@ def json_schema() -> dict[str, Any]:
     schema = Recipe.model_json_schema()
     for section in schema["$defs"].values():
         for field in section.get("properties", {}).values():
-            if field.get("type") == "array" and field.get("items") == {"type": "string"}:
-                del field["type"]  # one string may stand for a list of one
-                field["anyOf"] = [
-                    {"type": "string"},
-                    {"type": "array", "items": field.pop("items")},
-                ]
+            items = field.get("items", {})
+            if field.get("type") == "array" and "prefixItems" not in field:
+                del field["type"]  # one entry may stand for a list of one
+                alone = items.get("anyOf", [items])
+                field["anyOf"] = [*alone, {"type": "array", "items": field.pop("items")}]
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}

@@ -18,7 +18,7 @@ import shlex
 import zlib
 from bisect import bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from pathlib import Path
@@ -130,6 +130,19 @@ def fail(problems: list[str], heading: str, total: int | None = None) -> None:
         raise DataError("\n".join([heading, *(f"  {p}" for p in shown), *tail]))
 
 
+def holds_json_lines(path: Path) -> bool:
+    """Whether a .json file is one object a line, as many tools write it, and is read as that."""
+    kind, packing = _ending(path)
+    if kind != ".json":
+        return False
+    try:
+        with _opened(path, packing) as file:
+            first = file.readline().removeprefix(b"\xef\xbb\xbf")
+            return _are_json_lines([first, file.readline()])
+    except (OSError, EOFError, zlib.error):
+        return False  # reading it says what is wrong
+
+
 def is_pattern(name: str | Path) -> bool:
     """Whether a name holds one of the characters that make it a pattern of file names."""
     return any(character in str(name) for character in "*?[")
@@ -234,8 +247,9 @@ def _opened(path: Path, packing: str) -> io.BufferedReader:
     return io.BufferedReader(raw, 1 << 16)
 
 
-def _jsonl(text: _Text) -> Iterator[Row | Bad]:
-    for number, line in enumerate(text.stream, start=1):  # bytes: nothing but \n ends a line
+def _jsonl(text: _Text, begun: Sequence[bytes] = ()) -> Iterator[Row | Bad]:
+    lines = chain(begun, text.stream)  # bytes: nothing but \n ends a line
+    for number, line in enumerate(lines, start=1):
         if not line.isspace():
             value, reason = _parsed(line, text)
             yield text.bad(number, reason, line) if reason else Row(text.origin, number, value)
@@ -258,20 +272,22 @@ def _parsed(line: bytes, text: _Text) -> tuple[Any, str]:
 
 def _json(text: _Text) -> Iterator[Row | Bad]:
     origin = text.origin
+    begun = [text.stream.readline(), text.stream.readline()]
+    if _are_json_lines(begun):
+        yield from _jsonl(text, begun)
+        return
     try:
-        whole = text.stream.read().decode()
+        whole = b"".join([*begun, text.stream.read()]).decode()
         value = _DECODER.decode(whole)
     except UnicodeDecodeError as error:
         raise DataError(f"{origin}: {text.not_utf8(text.offset + error.start)}") from None
     except (ValueError, RecursionError) as error:
-        line, hint = "", ""
+        line = ""
         if isinstance(error, json.JSONDecodeError):
             line = f":{error.lineno}"
-            if error.msg == "Extra data":
-                hint = " It looks like JSON lines; rename it to .jsonl."
         elif isinstance(error, _Refused):
             line = f":{_line_refused(whole)}"
-        raise DataError(f"{origin}{line}: {_invalid(error)}.{hint}") from None
+        raise DataError(f"{origin}{line}: {_invalid(error)}.") from None
     if isinstance(value, dict):
         lists = [inner for inner in value.values() if isinstance(inner, list)]
         if len(lists) != 1:
@@ -285,6 +301,14 @@ def _json(text: _Text) -> Iterator[Row | Bad]:
         else:
             reason = f"a JSON {_kind(inner)}, expected an object"
             yield Bad(origin, number, reason, json.dumps(inner))
+
+
+def _are_json_lines(first: Sequence[bytes]) -> bool:
+    """Whether a file's first two lines say that each of its lines is an object."""
+    try:
+        return bool(first[1].strip()) and isinstance(json.loads(first[0].decode()), dict)
+    except (ValueError, RecursionError):
+        return False
 
 
 def _csv(text: _Text) -> Iterator[Row | Bad]:
@@ -364,7 +388,7 @@ def _invalid(error: Exception, torn: bool = False) -> str:
         said, text = error.msg, error.doc.rstrip()
         if torn and said != "Extra data" and (error.pos >= len(text) or not text.endswith("}")):
             said = "the file's last line is cut short"
-        return f"not valid JSON (column {error.colno}): {said}"
+        return f"not valid JSON (column {error.colno}): {said.removesuffix(' at')}"
     if isinstance(error, RecursionError):
         return "nested too deeply"
     return str(error) if isinstance(error, _Refused) else "a number of more than 4,300 digits"

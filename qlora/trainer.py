@@ -29,6 +29,7 @@ from qlora import (
     hardware,
     loader,
     memory,
+    packing,
     rundir,
     sft,
     tokenizer,
@@ -92,10 +93,16 @@ def train(
             f"{base.facts['architecture']}: {base.facts['quantized_linears']} linears in 4 bits, "
             f"{base.facts['footprint_bytes'] / 2**20:,.1f} MiB, {base.facts['attention']} attention",
         )
-        model = adapter.attach(base.model, recipe)
+        model = adapter.attach(
+            base.model, recipe, _new_tokens(base.model, recipe, prepared, screen)
+        )
         counts = adapter.count(model)
         screen.say("adapter", str(counts))
         _record(run, recipe, plan, card, prepared, base.facts)
+        layout, note = packing.choose(
+            recipe, model, prepared.train[:3]["input_ids"], base.facts["attention"]
+        )
+        screen.say("packing", note)
         watcher = StopOnNonFinite(prepared.addresses, scaled=dtype == "float16")
         progress = TrackedProgress(run.dir / "metrics.jsonl", screen, card, tracker)
         alive: dict[str, float] = {}
@@ -111,7 +118,7 @@ def train(
             rundir.seal(checkpoint)
 
         trainer = sft.build(
-            recipe, run, card, model, tok, prepared,
+            recipe, run, card, model, tok, prepared, layout,
             observers=[watcher, progress], callbacks=[watcher, progress, AfterSave(after_save)],
         )  # fmt: skip
     except BaseException:
@@ -193,6 +200,8 @@ def _record(
     rundir.write_text(run.recipe_file, recipe.dump())
     rundir.write_json(run.dir / "plan.json", plan.to_json())
     rundir.write_json(run.dir / "data.json", prepared.ledger.to_json())
+    if prepared.rejected is not None:
+        shutil.copy(prepared.rejected, run.dir / "rejected.jsonl")
     rundir.write_json(
         run.dir / "environment.json",
         {
@@ -206,6 +215,26 @@ def _record(
             "base": facts,
         },
     )
+
+
+def _new_tokens(base: Any, recipe: Recipe, prepared: Prepared, screen: Screen) -> list[int]:
+    """Tokens in use that the base never learned: to train, if the recipe says so; told in any case."""
+    used = [int(token) for token in prepared.ledger.special_tokens]
+    new = adapter.untrained_tokens(base, used)
+    asked = recipe.lora.train_new_tokens
+    if new:
+        named = ", ".join(prepared.renderer.tok.convert_ids_to_tokens(new)[:8])
+        what = (
+            "their embedding rows train with the adapter"
+            if asked
+            else "lora.train_new_tokens=true trains their embedding rows"
+        )
+        screen.say("tokens", f"{len(new)} in use look untrained in this base ({named}); {what}")
+    elif asked:
+        screen.say(
+            "tokens", "none in use looks untrained in this base: no embedding row is trained"
+        )
+    return new if asked else []
 
 
 def _tracker(recipe: Recipe, run: Run, screen: Screen) -> Any:

@@ -30,6 +30,12 @@ def _no_trackers(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     yield
 
 
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.setenv("QLORA_CACHE", str(tmp_path / "cache"))
+    yield
+
+
 @pytest.fixture(scope="session")
 def real_data() -> Path:
     """Real data sets and real pretrained weights, where a checkout has them beside it."""

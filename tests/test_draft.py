@@ -210,8 +210,8 @@ def test_the_comments_say_what_was_seen() -> None:
 
 
 def test_lengths_are_counted_where_there_is_a_tokenizer() -> None:
-    def words(record: records.Record) -> int:
-        return sum(len(turn.content.split()) for turn in record.turns)
+    def words(record: records.Record) -> tuple[int, int]:
+        return sum(len(turn.content.split()) for turn in record.turns), 1
 
     rows = [{"prompt": "word " * n, "completion": "yes"} for n in range(1, 101)]
     written, seen, _ = write(data(rows), count=words)
@@ -227,7 +227,7 @@ def test_a_share_of_the_rows_is_kept_by_the_smallest_length_that_will_do(
     share: float, count: int
 ) -> None:
     lengths = tuple(range(10, 10 + count))
-    seen = draft.Seen(count, "text", {}, lengths, True)
+    seen = draft.Seen(count, "text", {}, lengths, lengths, True)
     enough = [n for n in lengths if sum(row <= n for row in lengths) >= share * count]
     assert seen.keeping(share) == enough[0]
     assert seen.longer_than(seen.keeping(share)) <= 1 - share + 1e-9
@@ -256,7 +256,8 @@ def test_the_length_never_passes_what_the_model_can_read() -> None:
     written, seen, _ = write(path, config=known)
     recipe = load_recipe(written)
     assert recipe.data.max_length == 512
-    assert seen.longer_than(512) == 0.1 <= recipe.data.max_drop_fraction < 0.2
+    assert seen.longer_than(512) == 0.1
+    assert seen.lost_beyond(512) <= recipe.data.max_lost_fraction <= 1
     assert "10% of the rows are longer" in comments(written)
 
 
@@ -315,7 +316,7 @@ def test_rows_are_shortened_only_where_one_at_a_time_does_not_fit() -> None:
     assert plan is not None and plan.fits
     assert recipe.train.per_device_train_batch_size == 1
     assert 600 / 3 < recipe.data.max_length < 30_000
-    assert 0.1 <= recipe.data.max_drop_fraction < 0.2
+    assert 0.1 <= recipe.data.max_lost_fraction <= 1
 
 
 def test_a_model_that_never_fits_is_refused_with_numbers_and_nothing_is_written() -> None:

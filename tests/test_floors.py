@@ -25,7 +25,7 @@ OWNERS = {
     "bitsandbytes": {"bnb"},
     "peft": {"adapter"},
     "trl": {"sft"},
-    "datasets": {"data"},
+    "datasets": {"table"},
     "wandb": {"tracking"},
     "yaml": {"document"},
     "pydantic": {"settings", "recipe"},

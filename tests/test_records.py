@@ -95,6 +95,15 @@ def test_columns_that_fit_two_formats_are_not_guessed_at(pair: tuple[Any, Any]) 
     assert "data.format" in str(caught.value)
 
 
+def test_a_dotted_name_reaches_into_a_column() -> None:
+    row = {"instruction": Q, "instances": [{"input": "", "output": A}, {"output": "no"}], "a.b": 1}
+    columns = {"instruction": "instruction", "output": "instances.0.output"}
+    assert records.renamed(row, columns) == {"instruction": Q, "output": A, "a.b": 1}
+    for missing in ("instances.5.output", "instances.x", "instances.0.none", "nothing.0", "id.0"):
+        assert "output" not in records.renamed(row, {"output": missing})
+    assert records.renamed(row, {"text": "a.b"})["text"] == 1  # a real name comes first
+
+
 def test_columns_are_renamed_and_the_rest_passes_unchanged() -> None:
     row = {"question": Q, "answer": A, "id": 3}
     columns = {"prompt": "question", "completion": "answer"}

@@ -155,6 +155,25 @@ def test_unusual_line_separators_inside_a_text_do_not_split_a_row(tmp_path: Path
     assert [row.value for row in sources.read(path)] == rows
 
 
+def test_a_json_file_of_one_object_a_line_is_read_line_by_line(tmp_path: Path) -> None:
+    path = tmp_path / "rows.json"
+    for mark in ("", "\ufeff"):
+        path.write_text(mark + lines(ROWS) + "{oops\n", encoding="utf-8")
+        assert sources.holds_json_lines(path)
+        rows = list(sources.stream(path))
+        assert [row.value for row in rows[:-1]] == ROWS
+        assert rows[-1].address == f"rows.json:{len(ROWS) + 1}"
+    for other in (
+        "[]",
+        json.dumps(ROWS),
+        json.dumps(ROWS, indent=1),
+        '{"data": [{"a": 1}]}\n',
+        "{",
+    ):
+        path.write_text(other)
+        assert not sources.holds_json_lines(path)
+
+
 def test_an_object_with_one_list_stands_for_the_list(tmp_path: Path) -> None:
     path = tmp_path / "rows.json"
     path.write_text(json.dumps({"version": 2, "data": ROWS, "license": "CC0"}))
@@ -383,7 +402,6 @@ def test_a_long_list_of_problems_is_cut_after_twenty(
     ("name", "content", "parts"),
     [
         ("a.json", '[{"a": 1},\n {"a": ]', ["a.json:2", "column 8"]),
-        ("a.json", '{"a": 1}\n{"a": 2}\n', ["a.json:2", "JSON lines", ".jsonl"]),
         ("a.json", "3", ["list of objects", "number"]),
         ("a.json", '"' + SECRET + '"', ["list of objects", "text"]),
         ("a.json", '{"a": 1}', ["one list"]),
