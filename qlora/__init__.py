@@ -4,11 +4,12 @@ The house has four floors. A module imports along its own floor or from a floor 
 one above; the ground floor never imports torch. A test reads this map and holds the code to it.
 
     3 front door   cli, __main__
-    2 stories      trainer, sft, evaluation, chat, doctor, draft
-    1 machinery    hardware, bnb, loader, adapter, tokenizer, rendering, data, generation, screen,
-                   callbacks, tracking
+    2 stories      trainer, sft, evaluation, chat, doctor, draft, selftest, preview,
+                   accounting, page
+    1 machinery    hardware, bnb, loader, adapter, tokenizer, rendering, shortening, parity, table,
+                   intake, preparation, data, packing, generation, screen, callbacks, tracking
     0 ground       recipe, settings, document, cookbook, memory, cards, shape, records, sources,
-                   rundir, places, hub, errors
+                   ledger, rundir, places, hub, errors
 
 From a notebook::
 
@@ -28,6 +29,7 @@ _PUBLIC = {
     "load_recipe": "qlora.recipe",
     "Recipe": "qlora.recipe",
     "train": "qlora.trainer",
+    "show": "qlora.preview",
     "Run": "qlora.rundir",
     "open_run": "qlora.rundir",
     "QLoRAError": "qlora.errors",
@@ -36,6 +38,7 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
     from qlora.errors import QLoRAError as QLoRAError
+    from qlora.preview import show as show
     from qlora.recipe import Recipe as Recipe
     from qlora.recipe import load_recipe as load_recipe
     from qlora.rundir import Run as Run

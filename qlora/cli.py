@@ -7,6 +7,7 @@ torch.
 from __future__ import annotations
 
 import contextlib
+import io
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -74,6 +75,55 @@ def train(
         trainer.train(loaded, resume=resume)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
+
+
+@app.command()
+def data(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or a name of `qlora recipes list`.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as data.max_length=512.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(min=0, help="Show the first N rows instead of four chosen ones.")
+    ] = None,
+    row: Annotated[
+        str | None,
+        typer.Option(help="Show one row, such as rows.jsonl:41, or a line of the first source."),
+    ] = None,
+    html: Annotated[Path | None, typer.Option(help="Write all of it as one page, too.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the ledger and the rows as JSON.")
+    ] = False,
+) -> None:
+    """See what would train: every row accounted for, and rows as the model is given them."""
+    import json
+
+    from qlora.recipe import load_recipe
+
+    if rows is not None and row is not None:
+        raise typer.BadParameter("--rows and --row exclude each other; write one of them.")
+    loaded = load_recipe(recipe, overrides or ())
+    from rich.console import Console
+
+    from qlora import preview as story
+    from qlora.data import require_little_lost
+    from qlora.screen import Screen
+
+    if html is not None:
+        story.require_page(html)
+    if isinstance(sys.stdout, io.TextIOWrapper):  # a row may hold what the terminal cannot write
+        sys.stdout.reconfigure(errors="backslashreplace")
+    seen = story.preview(loaded, Screen(Console(stderr=True)).track, rows=rows, row=row)
+    if as_json:
+        print(json.dumps(seen.to_json(), indent=2))
+    else:
+        seen.print(Console())
+    if html is not None:
+        seen.write(html)
+        print(f"wrote {html}", file=sys.stderr if as_json else sys.stdout)
+    require_little_lost(loaded, seen.ledger)
 
 
 @app.command()
@@ -186,6 +236,41 @@ def doctor(
                 console.print(f"{'':18}{check.advice}", style="dim", markup=False, soft_wrap=True)
     if any(check.status == "fail" for check in checks):
         raise typer.Exit(2)
+
+
+@app.command()
+def selftest(
+    recipe: Annotated[
+        str, typer.Argument(help="A recipe file, or a name of `qlora recipes list`.")
+    ],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as data.packing=true.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the report as JSON.")] = False,
+) -> None:
+    """Prove on your base, data and card that a step's gradient does not depend on how its rows lie.
+
+    Eight rows go through training packed and padded, in passes of any size, with and without activation
+    checkpointing. Exit code 2 if one of these gives another loss or gradient.
+    """
+    import json
+
+    from qlora.recipe import load_recipe
+
+    loaded = load_recipe(recipe, overrides or ())
+    try:
+        from rich.console import Console
+
+        from qlora import selftest as story
+
+        report = story.examine(loaded, Console(quiet=as_json))
+        if as_json:
+            print(json.dumps(report.to_json(), indent=2, allow_nan=False))
+        else:
+            story.tell(report, Console())
+    except KeyboardInterrupt:
+        raise Interrupted("Stopped; the self-test leaves nothing behind.") from None
+    report.require_invariance()
 
 
 @recipes_app.command("list")

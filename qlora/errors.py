@@ -42,6 +42,10 @@ class TrainingDiverged(QLoRAError):
     """A loss or gradient stopped being a finite number; the message names the rows of the batch."""
 
 
+class SelfTestFailed(QLoRAError):
+    """The same rows gave another loss or gradient when they were laid out in another way."""
+
+
 class Interrupted(QLoRAError):
     """The user stopped the run. The message names the last complete checkpoint."""
 
