@@ -46,6 +46,7 @@ base: setup ## pretrain the embedded base again (about half an hour on two cores
 
 bench: setup ## the benchmarks that need no GPU
 	$(BIN)/python scripts/bench_startup.py
+	$(BIN)/python scripts/bench_data.py
 	$(BIN)/python scripts/bench_train.py
 	$(BIN)/python scripts/bench_quickstart.py
 

@@ -10,7 +10,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,7 +29,9 @@ from qlora.errors import CheckpointError, RecipeError
 from qlora.settings import Recipe
 
 ALL_LINEAR = "all-linear"
+UNTRAINED = 0.25  # of the usual row's length: below it nothing was learned
 _PROBE = "read_back"
+_TOKEN_ROWS = ".trainable_tokens_delta."  # peft's name for the trained rows of an embedding
 
 
 @dataclass(frozen=True)
@@ -44,11 +46,31 @@ class Counts:
         return f"{self.trainable:,} of {self.total:,} parameters train ({share:.2%})"
 
 
-def attach(base: Any, recipe: Recipe) -> PeftModel:
+def untrained_tokens(base: Any, tokens: Sequence[int]) -> list[int]:
+    """Those of some tokens whose rows of the embedding look as if the base never learned them.
+
+    Reserved tokens keep what they were given before pretraining: rows far shorter than those of words,
+    or one and the same row for several of them.
+    """
+    weight = base.get_input_embeddings().weight.detach()
+    rows = weight[torch.tensor(list(tokens), dtype=torch.long, device=weight.device)].float()
+    usual = float(torch.linalg.vector_norm(weight[::7].float(), dim=1).median())
+    short = torch.linalg.vector_norm(rows, dim=1) < UNTRAINED * usual
+    twins = (rows[:, None] == rows[None]).all(-1).sum(1) > 1
+    return [token for token, new in zip(tokens, (short | twins).tolist(), strict=True) if new]
+
+
+def trains_tokens(model: nn.Module) -> bool:
+    """Whether rows of the embedding train beside the LoRA matrices."""
+    return any(_TOKEN_ROWS in name for name, _ in model.named_parameters())
+
+
+def attach(base: Any, recipe: Recipe, new_tokens: Sequence[int] = ()) -> PeftModel:
     """Hang fp32 LoRA matrices on the base's linears and set up activation checkpointing.
 
     A is random by ``train.seed`` and B is zero, so the logits do not change yet. The k-bit
     preparation of peft is not used: it would turn embeddings and head into fp32 (2 GiB for an 8B).
+    The rows of ``new_tokens`` in the embedding, and in a head of its own, train beside it.
 
     Raises:
         RecipeError: A name in ``lora.target_modules`` matches no linear, or names the head.
@@ -62,6 +84,7 @@ def attach(base: Any, recipe: Recipe) -> PeftModel:
         target_modules=targets,
         exclude_modules=_towers(base),
         use_rslora=recipe.lora.use_rslora,
+        trainable_token_indices=_token_tables(base, new_tokens),
     )
     torch.manual_seed(recipe.train.seed)
     with _quiet_peft():
@@ -114,7 +137,7 @@ def census(model: nn.Module) -> dict[str, dict[str, int]]:
 def assert_census(model: nn.Module) -> None:
     """Our own promise, checked at the last moment: only the adapter trains, and it is fp32."""
     for name, parameter in model.named_parameters():
-        is_adapter = ".lora_" in name
+        is_adapter = ".lora_" in name or _TOKEN_ROWS in name
         assert parameter.requires_grad == is_adapter, (
             f"{name}: requires_grad={parameter.requires_grad}"
         )
@@ -125,7 +148,7 @@ def base_digest(model: nn.Module) -> str:
     """SHA-256 over every frozen tensor, scales included: equal before and after training."""
     digest = hashlib.sha256()
     for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" not in name:
+        if "lora_" not in name and _TOKEN_ROWS not in name:
             digest.update(name.replace("base_model.model.", "").replace(".base_layer", "").encode())
             digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
@@ -231,6 +254,19 @@ def _towers(base: Any) -> str | None:
     return pattern if found else None
 
 
+def _token_tables(base: Any, tokens: Sequence[int]) -> dict[str, list[int]] | None:
+    """The rows that train, by the name of their table; a tied head shares the embedding's."""
+    if not tokens:
+        return None
+    tables = [base.get_input_embeddings(), base.get_output_embeddings()]
+    tied = tables[0].weight is tables[1].weight
+    names = {id(module): name for name, module in base.named_modules()}
+    return {
+        names[id(table)].rpartition(".")[2]: sorted(tokens)
+        for table in (tables[:1] if tied else tables)
+    }
+
+
 def _targets(base: Any, wanted: tuple[str, ...]) -> str | list[str]:
     if wanted == (ALL_LINEAR,):
         return ALL_LINEAR
@@ -268,9 +304,11 @@ def _largest_b(folder: Path) -> float:
 
 def _require_equal_weights(model: PeftModel, folder: Path) -> None:
     named = dict(model.named_parameters())
-    trained = [name for name in named if ".default." in name]
+    trained = [name for name in named if "default" in name.split(".")]
     for name in trained:
-        twin = named.get(name.replace(".default.", f".{_PROBE}."))
+        twin = named.get(
+            ".".join(_PROBE if part == "default" else part for part in name.split("."))
+        )
         if twin is None or not torch.equal(named[name], twin):
             raise CheckpointError(f"{folder}: {name} on disk is not what is in memory.")
 

@@ -125,7 +125,7 @@ def _predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     # copies of the last hidden state and its fp32 gradient. On a CPU the logits are held (sft.py):
     # themselves, their log-softmax and its gradient.
     tile = min(tokens, LOSS_TILE[0]) * min(shape.vocab, LOSS_TILE[1])
-    if card.kind == "cpu":
+    if card.kind == "cpu" or recipe.lora.train_new_tokens:
         loss = 12 * tokens * shape.vocab
     else:
         loss = tokens * h * (4 + 3 * element) + tile * element
@@ -146,6 +146,9 @@ def _predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
         "logits": max(0, loss - working),
         "evaluation": max(0, answering - activations - max(working, loss)),
     }
+    if recipe.lora.train_new_tokens:
+        # peft 0.21 copies the whole table for every pass, and its gradient is as large.
+        terms["new_tokens"] = 2 * element * shape.embedding_parameters
     if card.kind == "cuda":
         terms["overhead"] = CONTEXT_BYTES + SLACK_BYTES
     return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes)

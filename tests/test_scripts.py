@@ -19,7 +19,9 @@ from qlora.recipe import load_recipe
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
-COMMANDS = ("bench_plain_trl", "bench_train", "bench_startup", "bench_quickstart", "gpu_suite")
+COMMANDS = (
+    "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "gpu_suite",
+)  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
         ["--steps=0"], ["--steps=many"], ["--base=no/such/folder"], ["--data=nothing.jsonl"],
@@ -27,6 +29,7 @@ BAD_ARGUMENTS = {
     ],
     "bench_train": [["--steps=1"], ["--pairs=0"], ["--threads=-2"], ["--base=no/such/folder"]],
     "bench_startup": [["--rounds=0"], ["--rounds=x"], ["extra"]],
+    "bench_data": [["--rows=0"], ["--tokens=20"], ["--pairs=x"], ["--num-proc=-1"]],
     "bench_quickstart": [["--threads=0"], ["--max-gib=big"], ["lora.r"]],
     "gpu_suite": [["--only", "bf61"], ["--unknown"]],
 }  # fmt: skip
