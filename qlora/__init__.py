@@ -4,7 +4,7 @@ The house has four floors. A module imports along its own floor or from a floor 
 one above; the ground floor never imports torch. A test reads this map and holds the code to it.
 
     3 front door   cli, __main__
-    2 stories      trainer, sft, evaluation, chat, doctor, draft, selftest, preview,
+    2 stories      trainer, sft, evaluation, chat, doctor, draft, selftest, invariance, preview,
                    accounting, page
     1 machinery    hardware, bnb, loader, adapter, tokenizer, rendering, shortening, parity, table,
                    intake, preparation, data, packing, generation, screen, callbacks, tracking

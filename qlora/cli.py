@@ -261,13 +261,14 @@ def selftest(
     try:
         from rich.console import Console
 
+        from qlora import invariance
         from qlora import selftest as story
 
         report = story.examine(loaded, Console(quiet=as_json))
         if as_json:
             print(json.dumps(report.to_json(), indent=2, allow_nan=False))
         else:
-            story.tell(report, Console())
+            invariance.tell(report, Console())
     except KeyboardInterrupt:
         raise Interrupted("Stopped; the self-test leaves nothing behind.") from None
     report.require_invariance()

@@ -12,7 +12,18 @@ from conftest import save_tiny
 from rich.console import Console
 from torch.nn import functional
 
-from qlora import adapter, cli, data, hardware, loader, packing, selftest, sft, tokenizer
+from qlora import (
+    adapter,
+    cli,
+    data,
+    hardware,
+    invariance,
+    loader,
+    packing,
+    selftest,
+    sft,
+    tokenizer,
+)
 from qlora.errors import DataError, SelfTestFailed
 
 ROWS = [
@@ -57,11 +68,11 @@ def qlora(monkeypatch, capsys, recipe_for, tmp_path):
     return call
 
 
-def examine(recipe) -> selftest.Report:
+def examine(recipe) -> invariance.Report:
     return selftest.examine(recipe, Console(quiet=True))
 
 
-def by_name(report) -> dict[str, selftest.Finding]:
+def by_name(report) -> dict[str, invariance.Finding]:
     return {finding.case.name: finding for finding in report.findings}
 
 
@@ -95,7 +106,7 @@ LEAKS = pytest.mark.parametrize("leak", [positions_go_on, all_may_be_seen])
 def test_every_layout_gives_the_same_loss_and_gradients(kind, recipe_for, tmp_path):
     report = examine(recipe_for(model__name=str(save_tiny(tmp_path / kind, kind))))
     found = by_name(report)
-    assert list(found) == [case.name for case in selftest.CASES] and len(found) == 9
+    assert list(found) == [case.name for case in invariance.CASES] and len(found) == 9
     assert not [finding for finding in report.findings if finding.unused]
     assert report.failed == [] and report.dtype == "float32" and report.verdict.startswith("held")
     report.require_invariance()
@@ -141,9 +152,9 @@ def adapter_in_bf16(model):
 
 def test_bfloat16_is_held_to_what_bfloat16_can_give(recipe_for):
     report = examine(recipe_for(quant__compute_dtype="bfloat16"))
-    assert report.failed == [] and report.tolerance == selftest.TOLERANCES["bfloat16"]
+    assert report.failed == [] and report.tolerance == invariance.TOLERANCES["bfloat16"]
     moved = by_name(report)["packed"].gradient_difference
-    assert selftest.TOLERANCES["float32"].gradient < moved < report.tolerance.gradient
+    assert invariance.TOLERANCES["float32"].gradient < moved < report.tolerance.gradient
 
 
 @LEAKS
@@ -180,7 +191,7 @@ def test_a_loss_divided_by_each_passs_own_tokens_is_noticed(recipe_for, monkeypa
         SelfTestFailed, match=r"four rows a pass: .*\n.*per_device_train_batch_size=1"
     ):
         by_itself = [f for f in report.findings if f.case.name == "four rows a pass"]
-        selftest.dataclasses.replace(report, findings=tuple(by_itself)).require_invariance()
+        invariance.dataclasses.replace(report, findings=tuple(by_itself)).require_invariance()
 
 
 def test_packing_that_training_would_not_use_is_not_a_failure(recipe_for, monkeypatch):
@@ -200,7 +211,7 @@ def test_packing_that_training_would_not_use_is_not_a_failure(recipe_for, monkey
 def test_the_command_prints_a_table_and_a_verdict(qlora):
     code, out, err = qlora()
     assert code == 0 and err.count("Traceback") == 0
-    for case in selftest.CASES:
+    for case in invariance.CASES:
         assert case.name in out
     assert "held: 8 ways to lay out 8 rows were tried against one row a pass" in out
 
@@ -209,7 +220,7 @@ def test_as_json_nothing_else_is_printed(qlora):
     code, out, _ = qlora("--json")
     told = json.loads(out)
     assert code == 0 and told["held"] is True and told["rows"] == 8
-    assert [case["name"] for case in told["cases"]] == [case.name for case in selftest.CASES]
+    assert [case["name"] for case in told["cases"]] == [case.name for case in invariance.CASES]
     assert all(case["problems"] == [] for case in told["cases"])
 
 
@@ -223,5 +234,5 @@ def test_a_failure_ends_with_the_table_the_case_and_exit_code_2(leak, qlora, mon
 
 
 def test_fewer_than_two_rows_cannot_be_compared(recipe_for):
-    with pytest.raises(DataError, match="at least 2 rows; the recipe.s data has 1 to train on"):
+    with pytest.raises(DataError, match=r"at least 2 rows; the recipe.s data has 1 to train on"):
         examine(recipe_for(ROWS[:1]))
