@@ -269,12 +269,15 @@ class Preparation:
             return (row,)
         policy = self.recipe.data.over_length
         said = f"{example.address}: {len(row.input_ids):,} tokens"
-        if chunk.side.held_out:
+        text = policy == "split" and not example.record.turns
+        if chunk.side.held_out and not text:
             over.held_out.add(said)  # what is asked must be what is answered: never shortened
             return ()
+        if chunk.side.held_out:
+            return shortening.pieces(row, limit)
         parts: Sequence[Encoded] = ()
         kind = over.dropped
-        if policy == "split" and not example.record.turns:
+        if text:
             parts, kind = shortening.pieces(row, limit), over.split
         elif policy == "truncate":
             shorter = shortening.shortened(self.renderer, example.record, limit)

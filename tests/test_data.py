@@ -424,6 +424,27 @@ def test_a_tokenizers_own_token_typed_by_somebody_is_counted(make_recipe, tok, t
     assert any("1 rows hold one of the tokenizer's own tokens" in note for note in ledger.notes)
 
 
+def test_held_out_texts_are_split_and_held_out_answers_are_never_shortened(
+    make_recipe, tok, tmp_path
+):
+    texts = write(
+        tmp_path / "t.jsonl", [{"text": f"{n} " + "Once upon a time. " * 60} for n in range(3)]
+    )
+    for name in ("train.jsonl", "held.jsonl"):
+        write(tmp_path / name, [{"text": f"{name} " + "Once upon a time. " * 60}])
+    recipe = make_recipe(
+        data__train=texts, data__held_out=str(tmp_path / "held.jsonl"), data__max_length=64,
+        data__over_length="split",
+    )  # fmt: skip
+    prepared = prepare(recipe, tok)
+    assert len(prepared.held_out) > 3 and max(prepared.held_out["length"]) <= 64
+    assert prepared.ledger.over_length.held_out.count == 0
+    asked = write(tmp_path / "long.jsonl", [LONG, ROWS[0] | {"prompt": "Another?"}])
+    recipe = make_recipe(data__held_out=asked, data__over_length="truncate")
+    over = prepare(recipe, tok).ledger.over_length
+    assert over.held_out.count == 1 and over.held_out.first[0].startswith("long.jsonl:1: ")
+
+
 # --- several sources
 
 
