@@ -59,8 +59,9 @@ def say(monkeypatch, *words: str) -> None:
 
 def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, capsys):
     commands = [shlex.split(line)[1:] for line in SHELL if line.startswith("qlora ")]
-    assert {words[0] for words in commands} == {"doctor", "init", "train", "chat", "recipes"}
-    assert len(commands) == 11
+    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes"}
+    assert {words[0] for words in commands} == verbs
+    assert len(commands) == 13
     for words in commands:
         words = [str(BASE) if word == "Qwen/Qwen3-8B" else word for word in words]
         if "--resume" in words:
@@ -76,6 +77,7 @@ def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, caps
     said = capsys.readouterr().out
     assert "wrote mine.yaml" in said and "wrote mine-8b.yaml" in said
     assert "held-out loss" in said and "base " in said and "tuned" in said
+    assert "training beside serving" in said and "all give its loss and gradients" in said
 
 
 def _typed(*lines: str):

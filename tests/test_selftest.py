@@ -188,7 +188,7 @@ def test_a_loss_divided_by_each_passs_own_tokens_is_noticed(recipe_for, monkeypa
     assert {"four rows a pass", "all rows in one pass", "packed", "evaluation"} <= failed
     assert "activation checkpointing" not in failed
     with pytest.raises(
-        SelfTestFailed, match=r"four rows a pass: .*\n.*per_device_train_batch_size=1"
+        SelfTestFailed, match=r"(?s)four rows a pass: the loss .*per_device_train_batch_size=1"
     ):
         by_itself = [f for f in report.findings if f.case.name == "four rows a pass"]
         invariance.dataclasses.replace(report, findings=tuple(by_itself)).require_invariance()
@@ -236,3 +236,151 @@ def test_a_failure_ends_with_the_table_the_case_and_exit_code_2(leak, qlora, mon
 def test_fewer_than_two_rows_cannot_be_compared(recipe_for):
     with pytest.raises(DataError, match=r"at least 2 rows; the recipe.s data has 1 to train on"):
         examine(recipe_for(ROWS[:1]))
+
+
+def test_a_case_that_does_not_fit_is_not_tried_and_the_recipe_itself_must(
+    recipe_for, cpu, monkeypatch
+):
+    recipe = recipe_for(train__per_device_train_batch_size=1, train__activation_checkpointing=True)
+    shape = Shape.from_config(loader.read_config(recipe).values)
+    needed = memory.plan(recipe, shape, cpu).total_bytes
+    monkeypatch.setattr(hardware, "card", lambda: Card("CPU", "cpu", needed, needed))
+    report = examine(recipe)
+    found = by_name(report)
+    assert re.match(r"it would need .* GiB \(predicted\)", found["all rows in one pass"].unused)
+    assert found["activation checkpointing"].unused == "it is on in every case"
+    assert any("without it, it would not fit" in note for note in report.notes)
+    assert not found["packed"].unused and report.failed == []
+    monkeypatch.setattr(hardware, "card", lambda: Card("CPU", "cpu", needed, needed - 1))
+    with pytest.raises(DoesNotFit, match="This recipe needs"):
+        examine(recipe)
+
+
+def test_running_out_of_memory_leaves_the_case_out_unless_it_is_the_reference(
+    recipe_for, monkeypatch
+):
+    original = sft.RowTrainer.training_step
+
+    def full_from(passes):
+        def step(self, model, inputs, *args):
+            if len(inputs["micro_batches"]) <= passes:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(self, model, inputs, *args)
+
+        return step
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", full_from(1))
+    report = examine(recipe_for())
+    assert by_name(report)["all rows in one pass"].unused == "the card ran out of memory"
+    assert report.failed == []
+    monkeypatch.setattr(sft.RowTrainer, "training_step", full_from(8))
+    with pytest.raises(DoesNotFit, match="ran out of memory"):
+        examine(recipe_for())
+
+
+def test_dropout_of_the_adapter_and_of_the_base_is_off_and_said_so(recipe_for, tmp_path):
+    base = save_tiny(tmp_path / "dropping", attention_dropout=0.5)
+    report = examine(recipe_for(model__name=str(base), lora__lora_dropout=0.3))
+    assert report.failed == []
+    assert any("lora.lora_dropout, the base's attention_dropout" in note for note in report.notes)
+    assert examine(recipe_for()).notes == ()
+
+
+def test_the_scale_of_float16_is_taken_out_and_lowered_until_nothing_overflows(
+    recipe_for, monkeypatch
+):
+    original, scales = sft.build, []
+
+    def with_scaler(*args, **kwargs):
+        trainer = original(*args, **kwargs)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**127)
+        scales.append(trainer.accelerator.scaler)
+        return trainer
+
+    plain = examine(recipe_for())
+    monkeypatch.setattr(sft, "build", with_scaler)
+    scaled = examine(recipe_for())
+    assert scaled.failed == [] and 1 < scales[0].get_scale() < 2.0**127
+    assert scaled.findings[0].loss == plain.findings[0].loss
+
+
+def test_an_adapter_without_a_gradient_would_prove_nothing(recipe_for, monkeypatch):
+    monkeypatch.setattr(selftest, "randomise_b", lambda *_: None)
+    with pytest.raises(SelfTestFailed, match=r"14 adapter matrices get no gradient .*lora_A"):
+        examine(recipe_for())
+
+
+def test_few_rows_are_enough_but_one_is_not(recipe_for):
+    report = examine(recipe_for(ROWS[:3]))
+    assert report.rows == 3 and report.failed == []
+    assert report.notes == ("the data has 3 rows to train on, not 8",)
+    with pytest.raises(DataError, match=r"at least 2 rows; the recipe's data has 1"):
+        examine(recipe_for(ROWS[:1]))
+
+
+def test_what_is_no_number_is_never_within_the_tolerance():
+    expected = {"a": torch.ones(2), "b": torch.ones(2)}
+    overall, worst, name = selftest.difference(
+        {"a": torch.ones(2), "b": torch.full((2,), math.nan)}, expected
+    )
+    assert math.isnan(overall) and math.isnan(worst) and name == "b"
+    finding = selftest.Finding(
+        selftest.CASES[1], selftest.TOLERANCES["float32"],
+        loss=math.nan, loss_difference=math.nan, gradient_difference=overall, worst_parameter=name,
+    )  # fmt: skip
+    assert len(finding.problems) == 2
+    assert selftest.difference({"a": torch.ones(2)}, expected) == (math.inf, math.inf, "b")
+
+
+def test_gradients_are_compared_by_norm_over_all_parameters_and_each_alone():
+    expected = {"large": torch.tensor([3.0, 4.0]), "small": torch.tensor([0.1])}
+    found = {"large": torch.tensor([3.0, 4.5]), "small": torch.tensor([0.2])}
+    overall, worst, name = selftest.difference(found, expected)
+    assert overall == pytest.approx(math.hypot(0.5, 0.1) / math.hypot(5.0, 0.1))
+    assert (worst, name) == (pytest.approx(1.0), "small")
+
+
+def test_the_command_prints_a_table_and_a_verdict(qlora):
+    code, out, err = qlora("lora.r=2")
+    assert code == 0
+    lines = out.splitlines()
+    (top,) = (index for index, line in enumerate(lines) if line.startswith("case "))
+    table = lines[top : top + 10]
+    assert [line[:34].strip() for line in table[1:]] == [case.name for case in selftest.CASES]
+    assert len(
+        {line.index(found[0]) for line in table[1:4] if (found := re.search("reference|e-", line))}
+    )
+    assert any(
+        re.match(r"rows      8, of \d+ to \d+ tokens: \d+ tokens, \d+ of them train", x)
+        for x in lines
+    )
+    assert any(
+        re.match(r"allowed   loss 2e-06, gradient 5e-06 in float32 \(.*measured", x) for x in lines
+    )
+    assert lines[-1].startswith("verdict   held: 8 ways to lay out 8 rows were tried")
+
+
+def test_json_is_all_that_stdout_gets(qlora):
+    code, out, _ = qlora("--json")
+    report = json.loads(out)
+    assert code == 0 and report["held"] and report["rows"] == 8
+    assert [case["name"] for case in report["cases"]] == [case.name for case in selftest.CASES]
+    assert report["tolerance"]["gradient"] == selftest.TOLERANCES["float32"].gradient
+    assert {case["passes"] for case in report["cases"][:3]} == {8, 2, 1}
+    assert all(case["problems"] == [] and case["unused"] == "" for case in report["cases"])
+
+
+def test_a_failure_ends_in_exit_code_2_after_the_table(qlora, monkeypatch):
+    packed_batches(monkeypatch, positions_go_on)
+    code, out, err = qlora()
+    assert code == 2
+    assert re.search(r"^packed .*FAILED$", out, re.MULTILINE) and "verdict   FAILED: 8 ways" in out
+    assert err.startswith(
+        "qlora: LlamaForCausalLM with sdpa attention in float32 does not compute the same"
+    )
+    assert re.search(
+        r"  packed: the gradient differs by .* \(at most 5e-06\), most in .*lora_", err
+    )
+    assert "data.packing=false" in err and "report the model" in err and "Traceback" not in err
+    code, out, _ = qlora("--json")
+    assert code == 2 and json.loads(out)["held"] is False
