@@ -21,7 +21,7 @@ import qlora
 from qlora import ledger, records, rundir, sources, table, tokenizer
 from qlora.errors import DataError
 from qlora.intake import Input, inputs
-from qlora.ledger import Ledger
+from qlora.ledger import Account, Ledger
 from qlora.packing import Layout
 from qlora.preparation import Example, Preparation, Progress, require_renderable, unwatched
 from qlora.records import Record
@@ -172,6 +172,7 @@ def _key(
     said = {
         "qlora": qlora.__version__,
         "table": table.VERSION,
+        "ledger": Ledger(sources=[Account("")]).to_json(),  # its form; another one is read otherwise
         "tokenizer": hashlib.sha256(tok.backend_tokenizer.to_str().encode()).hexdigest(),
         "template": tok.chat_template,
         "special": {name: str(token) for name, token in tok.special_tokens_map.items()},

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qlora import adapter, data, hardware, loader, memory, packing, sft, tokenizer
+from qlora import adapter, data, hardware, loader, memory, packing, sft, tokenizer, trainer
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import DataError, DoesNotFit, SelfTestFailed
@@ -58,7 +58,8 @@ def examine(recipe: Recipe, console: Console) -> Report:
     prepared = data.prepare(recipe, tok, config.vocab_size, screen.track)
     prepared, notes = _chosen(prepared)
     base = loader.load_base(recipe, card, config, bars=screen.live)
-    model = adapter.attach(base.model, _variant(recipe, REFERENCE))
+    fresh = trainer.new_tokens(base.model, recipe, prepared, screen)
+    model = adapter.attach(base.model, _variant(recipe, REFERENCE), fresh)
     randomise_b(model, recipe.train.seed)
     dropped = _without_dropout(model)
     if recipe.lora.lora_dropout or dropped:

@@ -113,6 +113,7 @@ class RowTrainer(SFTTrainer):
         frozen one.
         """
         usual = self.args.loss_type == "nll" and not self.aux_loss_enabled
+        usual = usual and self.label_smoother is None  # TRL's own path knows it
         plain = self.args.use_cpu or adapter.trains_tokens(self.model)
         if not (plain and usual) or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)

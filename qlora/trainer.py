@@ -93,9 +93,7 @@ def train(
             f"{base.facts['architecture']}: {base.facts['quantized_linears']} linears in 4 bits, "
             f"{base.facts['footprint_bytes'] / 2**20:,.1f} MiB, {base.facts['attention']} attention",
         )
-        model = adapter.attach(
-            base.model, recipe, _new_tokens(base.model, recipe, prepared, screen)
-        )
+        model = adapter.attach(base.model, recipe, new_tokens(base.model, recipe, prepared, screen))
         counts = adapter.count(model)
         screen.say("adapter", str(counts))
         _record(run, recipe, plan, card, prepared, base.facts)
@@ -217,7 +215,7 @@ def _record(
     )
 
 
-def _new_tokens(base: Any, recipe: Recipe, prepared: Prepared, screen: Screen) -> list[int]:
+def new_tokens(base: Any, recipe: Recipe, prepared: Prepared, screen: Screen) -> list[int]:
     """Tokens in use that the base never learned: to train, if the recipe says so; told in any case."""
     used = [int(token) for token in prepared.ledger.special_tokens]
     new = adapter.untrained_tokens(base, used)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
 
@@ -19,12 +20,15 @@ from qlora import (
     hardware,
     invariance,
     loader,
+    memory,
     packing,
     selftest,
     sft,
     tokenizer,
 )
-from qlora.errors import DataError, SelfTestFailed
+from qlora.cards import Card
+from qlora.errors import DataError, DoesNotFit, SelfTestFailed
+from qlora.shape import Shape
 
 ROWS = [
     {
@@ -236,3 +240,142 @@ def test_a_failure_ends_with_the_table_the_case_and_exit_code_2(leak, qlora, mon
 def test_fewer_than_two_rows_cannot_be_compared(recipe_for):
     with pytest.raises(DataError, match=r"at least 2 rows; the recipe.s data has 1 to train on"):
         examine(recipe_for(ROWS[:1]))
+
+
+def test_three_rows_are_enough_and_it_is_said(recipe_for):
+    report = examine(recipe_for(ROWS[:3]))
+    assert report.rows == 3 and report.failed == []
+    assert report.notes == ("the data has 3 rows to train on, not 8",)
+
+
+def test_a_case_that_does_not_fit_is_not_tried_and_the_recipe_itself_must(
+    recipe_for, cpu, monkeypatch
+):
+    longest = examine(recipe_for()).longest
+    recipe = recipe_for(
+        data__max_length=longest,
+        train__per_device_train_batch_size=1,
+        train__activation_checkpointing=True,
+    )
+    shape = Shape.from_config(loader.read_config(recipe).values)
+    needed = memory.plan(recipe, shape, cpu).total_bytes
+    monkeypatch.setattr(hardware, "card", lambda: Card("CPU", "cpu", needed, needed))
+    report = examine(recipe)
+    found = by_name(report)
+    assert re.match(r"it would need .* GiB \(predicted\)", found["all rows in one pass"].unused)
+    assert found["activation checkpointing"].unused == "it is on in every case"
+    assert any("without it, it would not fit" in note for note in report.notes)
+    assert not found["packed"].unused and report.failed == []
+    monkeypatch.setattr(hardware, "card", lambda: Card("CPU", "cpu", needed, needed - 1))
+    with pytest.raises(DoesNotFit, match="This recipe needs"):
+        examine(recipe)
+
+
+def test_running_out_of_memory_leaves_a_case_out_unless_it_is_the_reference(
+    recipe_for, monkeypatch
+):
+    original = sft.RowTrainer.training_step
+
+    def full_up_to(passes):
+        def step(self, model, inputs, *args):
+            if len(inputs["micro_batches"]) <= passes:
+                raise torch.OutOfMemoryError("CUDA out of memory.")
+            return original(self, model, inputs, *args)
+
+        return step
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", full_up_to(1))
+    report = examine(recipe_for())
+    assert by_name(report)["all rows in one pass"].unused == "the card ran out of memory"
+    assert report.failed == []
+    monkeypatch.setattr(sft.RowTrainer, "training_step", full_up_to(8))
+    with pytest.raises(DoesNotFit, match="ran out of memory"):
+        examine(recipe_for())
+
+
+def test_dropout_of_the_adapter_and_of_the_base_is_off_and_it_is_said(recipe_for, tmp_path):
+    base = save_tiny(tmp_path / "dropping", attention_dropout=0.5)
+    report = examine(recipe_for(model__name=str(base), lora__lora_dropout=0.3))
+    assert report.failed == []
+    assert any("lora.lora_dropout, the base's attention_dropout" in note for note in report.notes)
+    assert examine(recipe_for()).notes == ()
+
+
+def test_the_scale_of_float16_is_taken_out_and_lowered_until_nothing_overflows(
+    recipe_for, monkeypatch
+):
+    original, step, scales = sft.build, sft.RowTrainer.training_step, []
+
+    def with_scaler(*args, **kwargs):
+        trainer = original(*args, **kwargs)
+        trainer.accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=2.0**16)
+        scales.append(trainer.accelerator.scaler)
+        return trainer
+
+    def overflowing(self, model, *args):
+        loss = step(self, model, *args)
+        if self.accelerator.scaler.get_scale() > 2.0**12:
+            next(p for p in model.parameters() if p.requires_grad).grad.view(-1)[0] = math.inf
+        return loss
+
+    plain = examine(recipe_for())
+    monkeypatch.setattr(sft, "build", with_scaler)
+    monkeypatch.setattr(sft.RowTrainer, "training_step", overflowing)
+    scaled = examine(recipe_for())
+    assert scaled.failed == [] and scales[0].get_scale() == 2.0**12
+    assert scaled.findings[0].loss == plain.findings[0].loss
+
+
+def test_an_adapter_without_a_gradient_would_prove_nothing(recipe_for, monkeypatch):
+    monkeypatch.setattr(selftest, "randomise_b", lambda *_: None)
+    with pytest.raises(SelfTestFailed, match=r"14 adapter matrices get no gradient .*lora_A"):
+        examine(recipe_for())
+
+
+def test_what_is_no_number_is_never_within_the_tolerance():
+    expected = {"a": torch.ones(2), "b": torch.ones(2)}
+    found = {"a": torch.ones(2), "b": torch.full((2,), math.nan)}
+    overall, worst, name = selftest.difference(found, expected)
+    assert math.isnan(overall) and math.isnan(worst) and name == "b"
+    finding = invariance.Finding(
+        invariance.CASES[1], invariance.TOLERANCES["float32"],
+        loss=math.nan, loss_difference=math.nan, gradient_difference=overall, worst_parameter=name,
+    )  # fmt: skip
+    assert len(finding.problems) == 2
+    assert selftest.difference({"a": torch.ones(2)}, expected) == (math.inf, math.inf, "b")
+
+
+def test_gradients_are_compared_by_norm_over_all_parameters_and_each_alone():
+    expected = {"large": torch.tensor([3.0, 4.0]), "small": torch.tensor([0.1])}
+    found = {"large": torch.tensor([3.0, 4.5]), "small": torch.tensor([0.2])}
+    overall, worst, name = selftest.difference(found, expected)
+    assert overall == pytest.approx(math.hypot(0.5, 0.1) / math.hypot(5.0, 0.1))
+    assert (worst, name) == (pytest.approx(1.0), "small")
+
+
+def test_the_lines_of_the_table_stand_under_each_other(qlora):
+    _, out, _ = qlora("lora.r=2")
+    lines = out.splitlines()
+    top = next(index for index, line in enumerate(lines) if line.startswith("case "))
+    table = lines[top : top + len(invariance.CASES) + 1]
+    ends = {
+        line.index(end) + len(end)
+        for line, end in zip(table[:2], ["loss differs", "reference"], strict=True)
+    }
+    assert len(ends) == 1
+    assert lines[-1].startswith("verdict   held: 8 ways to lay out 8 rows were tried")
+    assert any(re.match(r"allowed   loss 2e-06, gradient 5e-06 in float32", line) for line in lines)
+
+
+def test_rows_of_new_tokens_are_tried_where_the_recipe_trains_them(recipe_for, monkeypatch):
+    monkeypatch.setattr(adapter, "untrained_tokens", lambda base, tokens: list(tokens)[:2])
+    compared = []
+    original = selftest.difference
+
+    def difference(found, expected):
+        compared.append([name for name in found if "trainable_tokens" in name])
+        return original(found, expected)
+
+    monkeypatch.setattr(selftest, "difference", difference)
+    report = examine(recipe_for(lora__train_new_tokens=True))
+    assert report.failed == [] and compared and all(len(names) == 2 for names in compared)

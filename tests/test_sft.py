@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -128,3 +130,16 @@ def test_the_held_out_loss_is_the_mean_over_supervised_tokens_whatever_the_batch
         supervised = int((labels[:, 1:] != -100).sum())
         total, count = total + float(mean) * supervised, count + supervised
     assert found == pytest.approx([total / count] * 3, rel=1e-5)
+
+
+def test_label_smoothing_changes_the_loss_on_a_cpu_too(make_recipe, cpu, tmp_path):
+    found = []
+    for factor in (0.0, 0.5):
+        recipe = make_recipe(train__sft_config={"label_smoothing_factor": factor})
+        with warnings.catch_warnings():  # trl 1.16 deprecates it
+            warnings.simplefilter("ignore", FutureWarning)
+            trainer = build(recipe, cpu, Run(tmp_path))
+        (batch,) = next(iter(trainer.get_train_dataloader()))["micro_batches"]
+        loss = trainer.compute_loss(trainer.model, dict(batch), num_items_in_batch=torch.tensor(40))
+        found.append(float(loss.detach()))
+    assert abs(found[0] - found[1]) > 1e-3
