@@ -161,7 +161,7 @@ def init(
         print(
             "not planned: the model's config.json cannot be read here; `qlora train` will check the fit"
         )
-    print(f"wrote {target}\nnext: qlora train {target}")
+    print(f"wrote {target}\nlook: qlora data {target}\nnext: qlora train {target}")
 
 
 @app.command()

@@ -131,8 +131,9 @@ def require_little_lost(recipe: Recipe, account: Ledger) -> None:
             f"data.max_length is {asked.max_length:,}, and {long:,} rows are longer (first: {first}): "
             f"{over.share_lost:.1%} of the supervised tokens would be lost, "
             f"{asked.max_lost_fraction:.1%} may be.\n"
-            f"  data.max_length={over.length_that_keeps} keeps {1 - asked.max_lost_fraction:.0%} of "
-            f"them; or raise data.max_lost_fraction to train without them."
+            f"  data.max_length={over.length_that_keeps} keeps {over.share_it_keeps:.1%} of them, if the "
+            "model has as many positions; data.over_length=truncate shortens prompts; or remove those "
+            "rows (`qlora data` lists them), or raise data.max_lost_fraction to train without them."
         )
 
 

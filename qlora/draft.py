@@ -79,18 +79,26 @@ def look(path: Path, count: Count | None = None) -> Seen:
     Raises:
         DataError: Unreadable, an unknown shape, or a row that cannot be used.
     """
-    rows = sources.read(path)
-    columns = _mapping(rows[0].value, path.name)
-    form = records.detect(records.renamed(rows[0].value, columns), path.name)
+    rows = list(sources.stream(path))
+    first = next((row for row in rows if isinstance(row, sources.Row)), None)
+    if first is None:
+        sources.read(path)  # raises, with what is wrong
+    assert first is not None
+    columns = _mapping(first.value, path.name)
+    form = records.detect(records.renamed(first.value, columns), path.name)
     kept, problems = [], []
     for row in rows:
+        if isinstance(row, sources.Bad):
+            problems.append(f"{row.address}: {row.reason}")
+            continue
         try:
             kept.append(records.parse(records.renamed(row.value, columns), form))
         except records.RowError as error:
             problems.append(f"{row.address}: {error}")
     sources.fail(
         problems,
-        f"{path.name}: read as {form}; {len(problems):,} rows cannot be used. Mend or remove them:",
+        f"{path.name}: read as {form}; {len(problems):,} rows cannot be used. Mend or remove them (a "
+        "recipe of your own can leave them out with data.on_bad_row: skip):",
     )
     measure = count or _estimate
     pairs = sorted(measure(record) for record in kept[:ROWS_MEASURED])

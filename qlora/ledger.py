@@ -74,6 +74,7 @@ class OverLength:
     supervised_lost: int = 0
     supervised_before: int = 0
     length_that_keeps: int = 0  # the smallest max_length within data.max_lost_fraction
+    share_it_keeps: float = 0.0
 
     @property
     def share_lost(self) -> float:

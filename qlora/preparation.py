@@ -279,9 +279,13 @@ class Preparation:
         kind = over.dropped
         if text:
             parts, kind = shortening.pieces(row, limit), over.split
+        elif policy == "split":
+            said += " (only plain texts are split)"
         elif policy == "truncate":
             shorter = shortening.shortened(self.renderer, example.record, limit)
-            if shorter is not None:
+            if shorter is None:
+                said += " (its last answer leaves no room to shorten)"
+            else:
                 parts, kind = (shorter,), over.shortened
         chunk.account.over_length += 1
         kind.add(said)
@@ -322,6 +326,9 @@ class Preparation:
             zip(self.lengths, self.supervised, strict=True),
             1 - self.recipe.data.max_lost_fraction,
         )
+        pairs = zip(self.lengths, self.supervised, strict=True)
+        kept = sum(trains for length, trains in pairs if length <= over.length_that_keeps)
+        over.share_it_keeps = kept / over.supervised_before
         self.ledger.parity = parity.report(self.renderer, self.sample)
         self._note(sum(bool(record.tools) for record in self.sample))
         rundir.write_json(self.folder / "ledger.json", self.ledger.to_json())

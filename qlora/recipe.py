@@ -56,6 +56,11 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
             type or out of bounds, or a file that is not there. All problems are listed at once.
     """
     path = cookbook.find(source)
+    if path.suffix.lower() in sources.ENDINGS:
+        raise RecipeError(
+            f"{shown(path)}: a data file, not a recipe. `qlora init {shown(path)} --model MODEL` writes "
+            "a recipe for it."
+        )
     try:
         text = path.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:

@@ -328,7 +328,7 @@ def test_init_without_the_hub_writes_a_recipe_that_is_not_planned(
         0,
         "rows.jsonl: 9 rows, read as prompt_completion\n"
         "not planned: the model's config.json cannot be read here; `qlora train` will check the fit\n"
-        "wrote rows.yaml\nnext: qlora train rows.yaml\n",
+        "wrote rows.yaml\nlook: qlora data rows.yaml\nnext: qlora train rows.yaml\n",
         "",
     )
     recipe = load_recipe("rows.yaml")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import time
 
 import pytest
@@ -92,8 +93,10 @@ def test_rows_that_cost_too_much_are_refused_with_the_length_that_keeps_them(mak
         match=r"(?s)data.max_length is 12.*100.0% of the supervised.*data.max_length=\d+ keeps",
     ) as error:
         prepare(make_recipe(data__max_length=12), tok)
-    length = int(str(error.value).split("data.max_length=")[1].split()[0])
-    assert prepare(make_recipe(data__max_length=length), tok).ledger.over_length.share_lost <= 0.01
+    length, share = re.search(r"data.max_length=(\d+) keeps ([\d.]+)%", str(error.value)).groups()
+    length = int(length)
+    over = prepare(make_recipe(data__max_length=length), tok).ledger.over_length
+    assert over.share_lost <= 0.01 and f"{1 - over.share_lost:.1%}" == f"{share}%"
     with pytest.raises(DataError):
         prepare(make_recipe(data__max_length=length - 1), tok)
 
@@ -147,6 +150,8 @@ def test_each_policy_for_long_rows_does_what_it_says(make_recipe, tok, tmp_path,
     over = prepared.ledger.over_length
     counts = (over.dropped.count, over.shortened.count, over.split.count)
     assert counts == ((0, 1, 0) if policy == "truncate" else (1, 0, 0))  # split is for texts
+    if policy == "split":
+        assert over.dropped.first[0].endswith("tokens (only plain texts are split)")
     assert over.policy == policy and len(prepared.train) == 40 + (policy == "truncate")
     assert prepared.train[:40]["input_ids"] == talk.train["input_ids"][:40]
     if policy == "truncate":
@@ -156,6 +161,16 @@ def test_each_policy_for_long_rows_does_what_it_says(make_recipe, tok, tmp_path,
             t for t, label in zip(row["input_ids"], row["labels"], strict=True) if label == t
         ]
         assert tok.decode(trained) == "Because.<|im_end|>"
+
+
+def test_an_answer_that_is_itself_too_long_is_dropped_and_that_is_said(make_recipe, tok, tmp_path):
+    rows = [*ROWS, {"prompt": "Why?", "completion": "Because. " * 80}]
+    recipe = make_recipe(
+        data__train=write(tmp_path / "r.jsonl", rows), data__held_out_fraction=0.0,
+        data__over_length="truncate", data__max_lost_fraction=1,
+    )  # fmt: skip
+    (said,) = prepare(recipe, tok).ledger.over_length.dropped.first
+    assert said.startswith("r.jsonl:41: ") and said.endswith("leaves no room to shorten)")
 
 
 def test_a_long_text_is_split_into_rows_without_losing_a_token(make_recipe, tok, tmp_path):

@@ -330,3 +330,13 @@ def test_a_card_without_a_config_is_named_as_not_planned() -> None:
     assert plan is None
     assert "Not planned for T4" in comments(written)
     assert load_recipe(written).model.name == "owner/model"
+
+
+def test_unreadable_and_unusable_rows_are_listed_together() -> None:
+    path = data([*pairs(3), {"prompt": "a", "completion": ""}])
+    path.write_text(path.read_text() + "{cut")
+    with pytest.raises(DataError) as caught:
+        write(path)
+    text = str(caught.value)
+    assert "2 rows cannot be used" in text and "data.on_bad_row: skip" in text
+    assert ":4: completion is empty" in text and ":5: not valid JSON" in text

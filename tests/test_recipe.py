@@ -768,3 +768,10 @@ def test_the_schema_refuses_what_does_not_load(line: str, refusal: Callable[...,
     assert refusal(SMALL + line + "\n")
     with pytest.raises(jsonschema.ValidationError):
         check(SMALL + line + "\n")
+
+
+def test_a_data_file_in_the_place_of_a_recipe_is_told_from_one(folder: Path) -> None:
+    with pytest.raises(
+        RecipeError, match=r"rows.jsonl: a data file, not a recipe. `qlora init rows"
+    ):
+        load_recipe("rows.jsonl")
