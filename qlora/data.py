@@ -1,8 +1,7 @@
 """Files to tokenized rows in one pass, with a ledger that accounts for every one of them.
 
 TRL is handed ``input_ids`` and ``labels`` and told to prepare nothing: what trains is decided by
-:mod:`qlora.rendering`, what is kept is decided here. Rows stream through: nothing but the tables on disk
-grows with the data.
+:mod:`qlora.rendering`, what is kept is decided here. Rows stream through to tables on disk.
 """
 
 from __future__ import annotations

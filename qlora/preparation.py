@@ -1,6 +1,7 @@
 """One pass over all rows: parsed, checked, split, rendered, tokenized, written, and accounted for.
 
-Rows stream through: nothing grows with the data but the tables on disk. While the tokenizer works on a
+Rows stream through to tables on disk; what stays in memory of each is its content hash with its address,
+to tell duplicates, and its length. While the tokenizer works on a
 chunk, in parallel and on a thread of its own, the next one is read and rendered.
 """
 

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Callable, Sequence
 from itertools import chain
 from pathlib import Path
@@ -28,6 +29,7 @@ from qlora.rendering import IGNORED, Encoded
 
 VERSION = 1  # of the tables and of what decides them; another one is another entry of the cache
 HUB_ERRORS = (DatasetNotFoundError, FileNotFoundError, ConnectionError, ValueError, OSError)
+ABANDONED_SECONDS = 24 * 3600  # after which nobody is still writing
 KEPT = 16  # prepared data sets in the cache; the least recently used goes first
 
 _TOKENS = pa.list_(pa.int32())
@@ -166,4 +168,7 @@ def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path
     )
     for old in kept[:-KEPT]:
         shutil.rmtree(old, ignore_errors=True)
+    for part in folder.parent.glob(".*.part"):  # of a process that was killed while it wrote
+        if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
+            shutil.rmtree(part, ignore_errors=True)
     return folder, False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import random
 import re
 import time
@@ -584,6 +585,19 @@ def test_an_interrupted_preparation_leaves_nothing_that_looks_whole(
             prepare(make_recipe(), tok)
     assert list((tmp_path / "cache" / "data").iterdir()) == []
     assert not prepare(make_recipe(), tok).from_cache
+
+
+def test_what_a_killed_process_left_is_cleared_after_a_day_and_not_before(
+    make_recipe, tok, tmp_path
+):
+    folder = tmp_path / "cache" / "data"
+    for name, age in ((".old.1.part", 25), (".new.2.part", 1)):
+        (folder / name).mkdir(parents=True)
+        (folder / name / "train.arrow").write_bytes(b"half")
+        then = time.time() - age * 3600
+        os.utime(folder / name, (then, then))
+    prepare(make_recipe(), tok)
+    assert [path.name for path in folder.glob(".*")] == [".new.2.part"]
 
 
 def test_the_cache_keeps_the_entries_used_last(make_recipe, tok, tmp_path, monkeypatch):
