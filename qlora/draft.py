@@ -208,7 +208,10 @@ def _largest_that_fits(
         for batch in (16, 8, 4, 2, 1):
             wanted = values | {
                 "data": values["data"] | {"max_length": length},
-                "train": {"per_device_train_batch_size": batch},
+                "train": {
+                    "per_device_train_batch_size": batch,
+                    "gradient_accumulation_steps": 16 // batch,
+                },
             }
             plan = memory.plan(recipe_from(wanted), shape, card)
             if plan.fits:
@@ -294,6 +297,7 @@ lora:
 train:
   num_train_epochs: 1
   # {batch} x {steps} = 16 rows an optimizer step; a larger first number needs more memory.
+  # `fit: auto` chooses both, and what is computed again, for the card that the run finds.
   per_device_train_batch_size: {batch}
   gradient_accumulation_steps: {steps}
   learning_rate: {rate}  # {why}

@@ -9,26 +9,44 @@ other moments than the layers do, so only what they need *beyond* the layers cou
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from qlora.cards import GIB, Card, DType, compute_dtype, optimizer
 from qlora.errors import DoesNotFit
+from qlora.layer import Layer
 from qlora.settings import Recipe
-from qlora.shape import Shape, adapter_parameters, nf4_bytes
+from qlora.shape import Shape, adapter_parameters, nf4_bytes, target_names
+from qlora.speed import checkpointed_layers
 
 CONTEXT_BYTES = 450_000_000  # CUDA context with cuBLAS and kernels
 SLACK_BYTES = 450_000_000  # the caching allocator's fragmentation, and what a desktop takes
 LOSS_TILE = (4096, 32768)  # (tokens, vocabulary entries) trl 1.16 projects at most at a time
 
 
-def _state_bytes(name: str) -> int:
-    """Optimizer state per trainable weight. bitsandbytes keeps tensors below 4,096 elements in fp32:
-    too little to count. Paged states count in full, since they are on the card when they are used."""
+def state_bytes(optim: str, weights: int) -> tuple[int, int]:
+    """(resident, paged) bytes of optimizer state for one trained matrix.
+
+    bitsandbytes 0.50 keeps 8 bits a weight and a scale for each block of 256, but fp32 below 4,096
+    weights; it pages the state of matrices with 100,000 weights or more.
+
+    >>> state_bytes("paged_adamw_8bit", 16 * 4096), state_bytes("paged_adamw_8bit", 16 * 14336)
+    ((133120, 0), (7168, 458752))
+    """
     moments = (
-        0 if "sgd" in name or "adafactor" in name else 1 if "lion" in name or "rms" in name else 2
+        0
+        if "sgd" in optim or "adafactor" in optim
+        else 1
+        if "lion" in optim or "rms" in optim
+        else 2
     )
-    return moments * (1 if "8bit" in name else 4)
+    in_8_bits = "8bit" in optim and weights >= 4096
+    state = moments * weights * (1 if in_8_bits else 4)
+    scales = moments * 4 * math.ceil(weights / 256) if in_8_bits else 0
+    if "paged" in optim and weights >= 100_000:
+        return scales, state
+    return state + scales, 0
 
 
 @dataclass(frozen=True)
@@ -79,79 +97,118 @@ def plan(recipe: Recipe, shape: Shape, card: Card) -> Plan:
         HardwareError: As :func:`compute_dtype`.
         ModelError: As :func:`adapter_parameters`.
     """
-    first = _predict(recipe, shape, card)
+    first = predict(recipe, shape, card)
     changes, everything = [], recipe
     for key, values, cost in _candidates(recipe, card):
         for new in values:
-            changed = _predict(_write(recipe, key, new), shape, card)
+            changed = predict(_write(recipe, key, new), shape, card)
             if changed.fits:
                 break
         saves = first.total_bytes - changed.total_bytes
         if saves > first.total_bytes // 200:  # half a percent is noise
             changes.append(Change(key, _read(recipe, key), new, saves, cost))
             everything = _write(everything, key, new)
-    changed_bytes = _predict(everything, shape, card).total_bytes
+    changed_bytes = predict(everything, shape, card).total_bytes
     return replace(first, changes=tuple(changes), changed_bytes=changed_bytes)
 
 
-def _predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
+def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     dtype, optim = compute_dtype(recipe, card), optimizer(recipe, card)
     element = 4 if dtype == "float32" else 2
     rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
     tokens, h = rows * length, shape.hidden
     trainable = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
     nf4, linear = recipe.quant.quant_type == "nf4", shape.linear_parameters
-    # The 4-bit matmul unpacks one matrix at a time into the compute dtype (bitsandbytes 0.50).
-    unpacked = element * max(a * b for a, b in shape.linears.values()) if nf4 else 0
+    layer = _layer(recipe, shape, card, element)
+    again = checkpointed_layers(recipe, shape)  # the first ones
+    whole = shape.layers - again
+    norm = 4 * tokens * (h + 1)  # the last one, kept from its forward pass to the loss's backward
+    rotary = tokens * 2 * shape.head_dim * element
 
-    # Padded rows hand attention a (rows, 1, length, length) mask: once as bool, in each layer as a
-    # bias. Flash and memory-efficient attention keep no scores. Eager attention does, and so may SDPA
-    # before capability 8, where only its math kernel serves grouped keys, in fp32: probabilities
-    # are kept (and cast), scores and their gradient are at work.
-    eager = recipe.model.attn_implementation == "eager" or shape.model_type.startswith("gemma2")
-    scores = shape.heads if eager or (card.kind == "cuda" and not card.supports_bf16) else 0
-    square = rows * length**2
-    kept = tokens * shape.kept_bytes(element, recipe.lora.r) + square * (
-        element + scores * (4 + element)
+    # Of a recomputed layer its input stays, on the card or with the host but for the one in work; of
+    # another everything. The very first input needs no gradient, so its norm keeps nothing.
+    inputs = again if not recipe.train.activation_offload else min(again, 2)
+    kept = whole * layer.kept - (norm if whole == shape.layers else 0)
+    activations = inputs * tokens * h * element + (kept + rotary if whole else 0)
+    # Autocast's 16-bit copies of the adapter live until the forward pass ends, masks till the end.
+    copies = 2 * trainable * again // shape.layers if element == 2 else 0
+    shared = 0 if whole else rotary + (layer.square if layer.masked else 0)
+    working = max(
+        layer.busy if whole else layer.passing + copies,
+        layer.remade - whole * layer.kept if again else 0,  # once the others are gone
     )
-    working = tokens * element * shape.intermediate + unpacked + square * (1 + scores * 8)
-    if recipe.train.activation_checkpointing:
-        # Each layer's input stays, and the last one's output; one layer's rest is made again.
-        activations, working = tokens * (shape.layers + 1) * h * element, working + kept
-    else:
-        activations = shape.layers * kept
-
-    # trl 1.16 never holds the logits: it projects, folds and reuses one tile of LOSS_TILE, beside
-    # copies of the last hidden state and its fp32 gradient. On a CPU the logits are held (sft.py):
+    # trl 1.16 never holds the logits: it projects, folds and reuses one tile, beside the supervised
+    # rows of the last hidden state and their fp32 gradient. On a CPU the logits are held (sft.py):
     # themselves, their log-softmax and its gradient.
-    tile = min(tokens, LOSS_TILE[0]) * min(shape.vocab, LOSS_TILE[1])
-    if card.kind == "cpu" or recipe.lora.train_new_tokens:
-        loss = 12 * tokens * shape.vocab
+    table = element * shape.vocab * h if recipe.lora.train_new_tokens else 0
+    if card.kind == "cpu" or table:
+        logits = max(12 * tokens * shape.vocab, 6 * tokens * shape.vocab + table)
+        loss = norm + tokens * h * element + logits
     else:
-        loss = tokens * h * (4 + 3 * element) + tile * element
-    answering = _answering_bytes(recipe, shape, element, scores) + unpacked
+        tile = min(tokens, LOSS_TILE[0]) * LOSS_TILE[1] * element
+        forward = tokens * h * 2 * element + copies
+        loss = shared + norm + tile + max(forward, tokens * h * (element + 4))
+    answering = _answering_bytes(recipe, shape, element, shape.heads if layer.scores else 0)
+    answering += layer.largest_unpacked
 
-    double_quant = recipe.quant.double_quant
+    states = _adapter_states(recipe, shape, optim)
+    resident, paged = sum(r for r, _ in states), sum(p for _, p in states)
+    beyond = max(working, loss)
+    # Paged state comes in for the optimizer's step, when no activation is left, and may go out after it;
+    # torch's AdamW makes one temporary as large as the adapter.
+    stepping = paged + (4 * trainable if optim == "adamw_torch" else 0)
+    gradients = 4 * trainable
+    if recipe.train.gradient_accumulation_steps == 1:
+        # The only pass of a step: gradients come as activations go.
+        gone = activations - activations // shape.layers
+        gradients = max(gradients // shape.layers, gradients - gone)
     terms = {
         "base_nf4" if nf4 else "base": (
-            nf4_bytes(linear, double_quant=double_quant) if nf4 else element * linear
+            nf4_bytes(linear, double_quant=recipe.quant.double_quant) if nf4 else element * linear
         ),
         "unquantized": element * shape.unquantized_parameters,
-        # fp32 weights, and the 16-bit copies that autocast keeps through a step.
-        "adapters": trainable * (4 + (2 if element == 2 else 0)),
-        "gradients": 4 * trainable,
-        "optimizer": _state_bytes(optim) * trainable,
+        "adapters": 4 * trainable,
+        "gradients": gradients,
+        "optimizer": resident,
         "activations": activations,
         "working_set": working,
         "logits": max(0, loss - working),
-        "evaluation": max(0, answering - activations - max(working, loss)),
+        "evaluation": max(0, answering - activations - beyond),
+        "optimizer_step": max(0, stepping - max(activations + beyond, answering)),
     }
-    if recipe.lora.train_new_tokens:
-        # peft 0.21 copies the whole table for every pass, and its gradient is as large.
-        terms["new_tokens"] = 2 * element * shape.embedding_parameters
+    if table:
+        terms["new_tokens"] = table  # peft 0.21 copies the whole table for every pass
     if card.kind == "cuda":
         terms["overhead"] = CONTEXT_BYTES + SLACK_BYTES
     return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes)
+
+
+def _layer(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:
+    rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
+    asked, nf4 = recipe.model.attn_implementation, recipe.quant.quant_type == "nf4"
+    return Layer(
+        shape,
+        element,
+        tokens=rows * length,
+        square=rows * length**2,
+        r=recipe.lora.r,
+        targets=frozenset(target_names(shape, recipe.lora.target_modules)),
+        dropout=recipe.lora.lora_dropout > 0,
+        nf4=nf4,
+        own_inputs=element == 2 and not (nf4 and card.kind == "cuda"),
+        masked=asked != "flash_attention_2",
+        scores=asked == "eager" or shape.model_type.startswith("gemma2"),
+    )
+
+
+def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int, int]]:
+    """(resident, paged) bytes of each trained matrix's optimizer state, a layer's times the layers."""
+    r, found = recipe.lora.r, []
+    for name in target_names(shape, recipe.lora.target_modules):
+        for width in shape.linears[name]:
+            resident, paged = state_bytes(optim, r * width)
+            found.append((resident * shape.layers, paged * shape.layers))
+    return found
 
 
 def _answering_bytes(recipe: Recipe, shape: Shape, element: int, scores: int) -> int:
@@ -181,13 +238,16 @@ def _candidates(recipe: Recipe, card: Card) -> list[tuple[str, list[Any], str]]:
         ("data.max_length", [n for n in shorter if n >= 128], "drops the rows that are longer"),
         ("lora.r", [r for r in _halves(recipe.lora.r) if r >= 8], "a smaller update"),
     ]
-    if not recipe.train.activation_checkpointing:
-        found.insert(2, ("train.activation_checkpointing", [True], "a third slower"))
+    if recipe.train.activation_checkpointing is not True:
+        found.insert(2, ("train.activation_checkpointing", [True], "up to a third slower"))
+    elif not recipe.train.activation_offload and card.kind == "cuda":
+        cost = "a copy of each layer's input crosses the bus and comes back"
+        found.insert(2, ("train.activation_offload", [True], cost))
     if recipe.quant.quant_type == "none":
         found.insert(2, ("quant.quant_type", ["nf4"], "rounds the base to 4 bits"))
     elif not recipe.quant.double_quant:
         found.insert(2, ("quant.double_quant", [True], "rounds the scales to 8 bits"))
-    if card.kind == "cuda" and _state_bytes(optimizer(recipe, card)) > 2:
+    if card.kind == "cuda" and state_bytes(optimizer(recipe, card), 4096)[0] > 9000:
         found.insert(2, ("train.optim", ["paged_adamw_8bit"], "8-bit optimizer state"))
     return [entry for entry in found if entry[1]]
 
@@ -217,17 +277,22 @@ def require_fit(plan: Plan) -> None:
         return
     free, sizes = plan.card.free_bytes, dict(plan.terms)
     grouped = {
-        "base": sizes.pop("base_nf4", 0) + sizes.pop("base", 0),
-        "unquantized": sizes.pop("unquantized"),
+        "base": sum(sizes.pop(k, 0) for k in ("base_nf4", "scales", "base")),
+        "unquantized": sizes.pop("unquantized", 0),
         "adapters+grads+optimizer": sum(
-            sizes.pop(k) for k in ("adapters", "gradients", "optimizer")
+            sizes.pop(k, 0) for k in ("adapters", "gradients", "optimizer")
         ),
-        "activations": sizes.pop("activations") + sizes.pop("working_set"),
+        "activations": sizes.pop("activations", 0) + sizes.pop("working_set", 0),
         **sizes,
     }
     where = "this machine" if plan.card.kind == "cpu" else f"the {plan.card.name}"
+    others = plan.card.total_bytes - free
+    taken = ""
+    if plan.card.kind == "cuda" and others > GIB:
+        # The context of this very process is in it, half a gigabyte.
+        taken = f" {_gib(others)} of its {_gib(plan.card.total_bytes)} are taken, by other processes."
     lines = [
-        f"This recipe needs {_gib(plan.total_bytes)} (predicted); {where} has {_gib(free)} free.",
+        f"This recipe needs {_gib(plan.total_bytes)} (predicted); {where} has {_gib(free)} free.{taken}",
         "  " + " | ".join(f"{n} {size / GIB:.1f}" for n, size in grouped.items() if size),
     ]
     if plan.changes:
@@ -250,10 +315,15 @@ def require_fit(plan: Plan) -> None:
     raise DoesNotFit("\n".join(lines))
 
 
-def explain_out_of_memory(plan: Plan) -> str:
-    """What to tell somebody whose card ran out although the plan fitted: the plan, and ways down."""
+def explain_out_of_memory(plan: Plan, when: str = "") -> str:
+    """What to tell somebody whose card ran out although the plan fitted: the plan, and ways down.
+
+    Args:
+        plan: What was predicted.
+        when: What was going on, such as " in the rehearsal".
+    """
     lines = [
-        f"The {plan.card.name} ran out of memory. {_gib(plan.total_bytes)} were predicted of the "
+        f"The {plan.card.name} ran out of memory{when}. {_gib(plan.total_bytes)} were predicted of the "
         f"{_gib(plan.card.free_bytes)} that were free at the start; something else may use the card.",
     ]
     ways = [

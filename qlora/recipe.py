@@ -25,6 +25,7 @@ HUB = "hub:"  # scheme of a data set on the Hugging Face hub
 
 
 _NAME = "constrained-str"  # pydantic's word for the first of the two things a source may be
+_LAYERS = ("bool", "constrained-int")  # and for what train.activation_checkpointing may be
 
 # Words people bring from other tools, per name here.
 _SYNONYMS = {
@@ -196,7 +197,11 @@ def _validate(
                 problem["input"], dict
             ) != ("Source" in problem["loc"]):
                 continue
-            address = tuple(str(part) for part in problem["loc"] if part not in (_NAME, "Source"))
+            last = problem["loc"][-1:]
+            if set(last) & set(_LAYERS) and (last == ("bool",)) == (type(problem["input"]) is int):
+                continue
+            kinds = (_NAME, "Source", *_LAYERS)
+            address = tuple(str(part) for part in problem["loc"] if part not in kinds)
             if any(address[:n] in overridden for n in range(1, len(address) + 1)):
                 where = "command line"
             elif line := next(
@@ -229,6 +234,8 @@ def _sentence(problem: Any, address: tuple[str, ...]) -> str:
         "model_type": "a section of keys", "model_attributes_type": "a section of keys",
         "string_pattern_mismatch": "letters, digits, . _ and -, not beginning with a dot",
     }  # fmt: skip
+    if problem["loc"][-1:] == ("bool",):
+        wants["bool_type"] = "true, false or a number of layers"
     expected = wants.get(kind) or re.sub(r"^[A-Z]\w+ should (be )?", "", problem["msg"])
     expected = expected.replace(" after validation, not 0", "")
     must = "must" if expected.startswith("have ") else "must be"

@@ -1,4 +1,4 @@
-"""Write the table of shipped recipes into recipes/README.md: what each needs, predicted and measured.
+"""Write the table of shipped recipes into recipes/README.md, and each one's peak into its own header.
 
     python scripts/recipe_table.py            write the table
     python scripts/recipe_table.py --check    exit 1 if the file's table is not the computed one
@@ -9,6 +9,7 @@ is used. A measurement is added to ``MEASURED`` by whoever made it, with commit 
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -67,6 +68,12 @@ def table() -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
+def header(name: str, text: str) -> str:
+    """A recipe's text with the peak that is predicted today in its header."""
+    peak = predict(name).total_bytes / GIB
+    return re.sub(r"(?m)^# Peak: [\d.]+ GiB", f"# Peak: {peak:.1f} GiB", text, count=1)
+
+
 def rendered(text: str) -> str:
     """The README's text with the computed table between its two marks."""
     before, begin, rest = text.partition(BEGIN)
@@ -82,6 +89,10 @@ def main() -> None:
     if "--check" in sys.argv[1:]:
         raise SystemExit(0 if new == text else f"{README.name}: run scripts/recipe_table.py.")
     README.write_text(new, encoding="utf-8")
+    for name in named():
+        path = cookbook.shelf() / f"{name}.yaml"
+        written = path.read_text(encoding="utf-8")
+        path.write_text(header(name, written), encoding="utf-8")
     print(f"{README.name}: {len(named())} recipes")
 
 

@@ -1,0 +1,225 @@
+"""The settings that fill a card: ``train.fit: auto``, and how far a recipe's own settings reach.
+
+Memory left unused is speed left unused: what does not have to be computed again, packed base that is
+unpacked once for more tokens. Of all settings that fit, the one with the least arithmetic is taken; the
+rows of an optimizer step stay the same, so what is learned does too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qlora import memory
+from qlora.cards import GIB, Card, optimizer
+from qlora.errors import CheckpointError
+from qlora.memory import Plan
+from qlora.settings import Recipe
+from qlora.shape import Shape
+from qlora.speed import checkpointed_layers, cost_per_token, flops_per_token
+
+MARGIN = 0.03  # of the free bytes: how far the quick plan may be off (scripts/bench_plan.py)
+CHOSEN = (
+    "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
+    "activation_offload", "optim",
+)  # fmt: skip
+_TOKENS = 64  # lengths are looked for in multiples of this
+_LONGEST = 1 << 20
+
+
+@dataclass(frozen=True)
+class Fitted:
+    """A recipe with settings for one card, its plan, and why these settings."""
+
+    recipe: Recipe
+    plan: Plan
+    reasons: tuple[str, ...]
+
+    @property
+    def chosen(self) -> dict[str, Any]:
+        """The settings of ``train`` that were decided here."""
+        return {name: getattr(self.recipe.train, name) for name in CHOSEN}
+
+    def to_json(self) -> dict[str, Any]:
+        """The plan, with what was chosen and why, for ``plan.json``."""
+        return self.plan.to_json() | {"chosen": self.chosen, "reasons": list(self.reasons)}
+
+
+def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
+    """The recipe that runs: as it is written, or with settings chosen for the card.
+
+    Raises:
+        DoesNotFit: Nothing that may be chosen fits; says what would have to change.
+        HardwareError: As :func:`qlora.memory.plan`.
+        ModelError: As :func:`qlora.memory.plan`.
+    """
+    if recipe.train.fit == "as_written":
+        plan = memory.plan(recipe, shape, card)
+        memory.require_fit(plan)
+        return Fitted(recipe, plan, ())
+    for margin in (MARGIN, 0.0):  # a tight fit is better than none
+        room = replace(card, free_bytes=int(card.free_bytes * (1 - margin)))
+        fitting = [
+            (cost_per_token(candidate, shape), number, candidate)
+            for number, candidate in enumerate(_candidates(recipe, shape, room))
+            if memory.predict(candidate, shape, room).fits
+        ]
+        if fitting:
+            chosen = min(fitting)[2]
+            plan = memory.plan(chosen, shape, card)
+            return Fitted(chosen, plan, _reasons(recipe, chosen, shape, plan))
+    memory.require_fit(memory.plan(most_frugal(recipe, shape, card), shape, card))
+    raise AssertionError("the most frugal settings fit and were not found")
+
+
+def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> Fitted:
+    """The recipe with what an earlier start of its run chose, so that a resumed run goes on the same.
+
+    Args:
+        recipe: As it is written.
+        shape: Its base's.
+        card: The card now; it may have less room than then.
+        stored: The ``plan.json`` of the run.
+
+    Raises:
+        CheckpointError: The plan holds no choice.
+        DoesNotFit: What was chosen then does not fit now.
+    """
+    if recipe.train.fit == "as_written":
+        return fit(recipe, shape, card)
+    try:
+        values = {name: stored["chosen"][name] for name in CHOSEN}
+    except (KeyError, TypeError):
+        raise CheckpointError(
+            "plan.json does not say which settings train.fit: auto chose for this run. Start it again."
+        ) from None
+    chosen = _with(recipe, **values)
+    plan = memory.plan(chosen, shape, card)
+    memory.require_fit(plan)
+    return Fitted(chosen, plan, ("as at the first start of this run",))
+
+
+def longest(recipe: Recipe, shape: Shape, card: Card) -> int:
+    """The largest ``data.max_length``, a multiple of 64, that fits with all else as it is; 0 if none."""
+
+    def fits(length: int) -> bool:
+        data = recipe.data.model_copy(update={"max_length": length * _TOKENS})
+        return memory.predict(recipe.model_copy(update={"data": data}), shape, card).fits
+
+    return _TOKENS * _last(fits, _LONGEST // _TOKENS)
+
+
+def largest_micro_batch(recipe: Recipe, shape: Shape, card: Card) -> int:
+    """The largest ``per_device_train_batch_size`` that fits with all else as it is; 0 if none."""
+
+    def fits(rows: int) -> bool:
+        wanted = _with(recipe, per_device_train_batch_size=rows)
+        return memory.predict(wanted, shape, card).fits
+
+    return _last(fits, 4096)
+
+
+def most_frugal(recipe: Recipe, shape: Shape, card: Card) -> Recipe:
+    """The recipe with every setting that may be chosen at its smallest need."""
+    *_, frugal = _candidates(recipe, shape, card)
+    return frugal
+
+
+def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
+    """Settings worth trying, by falling need: per micro-batch the fewest recomputed layers that fit."""
+    rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
+    for size in (n for n in range(rows, 0, -1) if rows % n == 0):
+        for paged in (False, True):
+            base = _with(
+                recipe,
+                per_device_train_batch_size=size,
+                gradient_accumulation_steps=rows // size,
+                optim=_paged(optimizer(recipe, card), paged and card.kind == "cuda"),
+                activation_checkpointing=True,
+                activation_offload=False,
+            )
+
+            def kept(layers: int, base: Recipe = base) -> Recipe:
+                """With so many layers that keep everything."""
+                value: bool | int = shape.layers - layers
+                value = True if layers == 0 else False if layers == shape.layers else value
+                return _with(base, activation_checkpointing=value)
+
+            most = _last(
+                lambda n, kept=kept: memory.predict(kept(n), shape, card).fits,  # type: ignore[misc]
+                shape.layers,
+            )
+            yield kept(most)
+            if most == 0 and card.kind == "cuda":
+                yield _with(base, activation_offload=True)
+
+
+def _last(holds: Callable[[int], bool], most: int) -> int:
+    """The largest number up to ``most`` for which it holds, given that it stops holding once; 0 if none.
+
+    >>> _last(lambda n: n * n < 50, 100), _last(lambda n: False, 100), _last(lambda n: True, 100)
+    (7, 0, 100)
+    """
+    low, high = 0, most + 1
+    while high - low > 1:
+        middle = (low + high) // 2
+        low, high = (middle, high) if holds(middle) else (low, middle)
+    return low
+
+
+def _paged(optim: str, paged: bool) -> str:
+    """The same optimizer, the same arithmetic, with its state on the card or paged.
+
+    >>> _paged("adamw_torch", True), _paged("paged_adamw_8bit", False), _paged("sgd", True)
+    ('paged_adamw_32bit', 'adamw_8bit', 'sgd')
+    """
+    plain = optim.removeprefix("paged_")
+    if not paged:
+        return plain if plain != "adamw_32bit" else "adamw_torch"
+    plain = "adamw_32bit" if plain in ("adamw_torch", "adamw_torch_fused") else plain
+    return f"paged_{plain}" if plain.startswith(("adamw_", "lion_")) else plain
+
+
+def _with(recipe: Recipe, **values: Any) -> Recipe:
+    return recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
+
+
+def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple[str, ...]:
+    """Why these settings, in sentences with figures."""
+    train, free = chosen.train, plan.card.free_bytes
+    again = checkpointed_layers(chosen, shape)
+    least = flops_per_token(
+        _with(chosen, activation_checkpointing=False, activation_offload=False), shape
+    )
+    most = flops_per_token(_with(chosen, activation_checkpointing=True), shape)
+    more = flops_per_token(chosen, shape) / least - 1
+    said = [
+        f"{train.per_device_train_batch_size} x {chosen.data.max_length:,} tokens a pass, "
+        f"{train.gradient_accumulation_steps} passes at most a step: "
+        f"{train.per_device_train_batch_size * train.gradient_accumulation_steps} rows, as written"
+    ]
+    if again == 0:
+        said.append(
+            f"no layer is computed again: that would cost {most / least - 1:.0%} more arithmetic"
+        )
+    elif again < shape.layers:
+        said.append(
+            f"{again} of {shape.layers} layers are computed again, for {more:.0%} more arithmetic; all of "
+            f"them would cost {most / least - 1:.0%}"
+        )
+    else:
+        said.append(
+            f"all {again} layers are computed again, for {more:.0%} more arithmetic: fewer do not fit"
+        )
+    if train.activation_offload:
+        said.append("their inputs wait in the host's memory")
+    if train.optim != optimizer(written, plan.card):
+        where = "paged out when room is short" if "paged" in train.optim else "kept on the card"
+        said.append(f"{train.optim}: the same arithmetic, its state {where}")
+    spare = free - plan.total_bytes
+    margin = f"{MARGIN * free / GIB:.2f} of them as margin"
+    if spare < MARGIN * free:
+        margin = f"less than the margin of {MARGIN * free / GIB:.2f} that a plan wants"
+    said.append(f"{spare / GIB:.2f} GiB stay free, {margin}")
+    return tuple(said)

@@ -1,0 +1,252 @@
+"""A plan as a person reads it: bytes term by term, the verdict, what would fit, and how fast."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from qlora import cards, fitting, memory, siblings, speed
+from qlora.cards import GIB, Card
+from qlora.errors import DoesNotFit
+from qlora.fitting import Fitted
+from qlora.memory import Plan
+from qlora.settings import Recipe
+from qlora.shape import Shape
+
+# What a term is called, and what is in it.
+_WORDS = {
+    "base_nf4": "base in NF4",
+    "base": "base, 16 bits",
+    "scales": "quantization state",
+    "unquantized": "embeddings, head, norms",
+    "adapters": "adapters, fp32",
+    "gradients": "their gradients",
+    "optimizer": "optimizer state",
+    "activations": "kept activations",
+    "working_set": "one layer at work",
+    "logits": "loss, beyond that",
+    "evaluation": "answering, beyond that",
+    "optimizer_step": "optimizer step, beyond",
+    "new_tokens": "new tokens' table",
+    "overhead": "CUDA context, slack",
+}
+_SHOWN_BYTES = 2**19  # what rounds to nothing in a table of GiB with three decimals
+LENGTHS = (512, 2048, 8192)
+CARDS = ("8GB", "12GB", "T4", "24GB")
+
+
+class Sheet:
+    """Everything that ``qlora plan`` says of one recipe on one card."""
+
+    def __init__(self, recipe: Recipe, shape: Shape, card: Card, positions: int | None) -> None:
+        """Plan it; ``positions`` is the longest sequence that the base knows, if it says so.
+
+        Raises:
+            HardwareError: As :func:`qlora.memory.plan`.
+            ModelError: As :func:`qlora.memory.plan`.
+        """
+        self.card, self.shape = card, shape
+        self.refusal: str | None = None
+        try:
+            self.fitted = fitting.fit(recipe, shape, card)
+        except DoesNotFit as error:
+            self.refusal = str(error)
+            self.fitted = Fitted(recipe, memory.plan(recipe, shape, card), ())
+        self.sibling = None
+        if self.refusal and not _could_fit(recipe, shape, card):
+            self.sibling = siblings.largest_that_fits(recipe, shape, card)
+        self.longest = fitting.longest(self.recipe, shape, card)
+        if positions is not None:
+            self.longest = min(self.longest, positions)
+        self.rows = fitting.largest_micro_batch(self.recipe, shape, card)
+        self.measured = speed.recall(card, self.plan.dtype)
+        self.traced: dict[str, Any] | None = None
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that would run."""
+        return self.fitted.recipe
+
+    @property
+    def plan(self) -> Plan:
+        """Its plan."""
+        return self.fitted.plan
+
+    @property
+    def fits(self) -> bool:
+        """Whether it does: as traced, where it was traced."""
+        needed = self.traced["total_bytes"] if self.traced else self.plan.total_bytes
+        return bool(needed <= self.card.free_bytes)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Predicted from what this card was measured to do, or None."""
+        if self.measured is None:
+            return None
+        return speed.tokens_per_second(self.recipe, self.shape, self.measured)
+
+    @property
+    def step_seconds(self) -> float | None:
+        """Predicted seconds of an optimizer step of full rows, or None."""
+        if (rate := self.tokens_per_second) is None:
+            return None
+        train = self.recipe.train
+        rows = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        return rows * self.recipe.data.max_length / rate
+
+    def to_json(self) -> dict[str, Any]:
+        """Plain data of it all."""
+        return self.fitted.to_json() | {
+            "fits": self.fits,
+            "refusal": self.refusal,
+            "sibling": self.sibling,
+            "longest_max_length": self.longest,
+            "largest_micro_batch": self.rows,
+            "gflop_per_token": round(speed.flops_per_token(self.recipe, self.shape) / 1e9, 3),
+            "predicted_tokens_per_second": self.tokens_per_second,
+            "predicted_step_seconds": self.step_seconds,
+            "measured": None if self.measured is None else vars(self.measured),
+            "traced": self.traced,
+        }
+
+    def lines(self) -> list[str]:
+        """The sheet, a line each."""
+        plan, train, data = self.plan, self.recipe.train, self.recipe.data
+        terms = _split_scales(plan.terms, self.shape, self.recipe)
+        said = [
+            f"{self.recipe.model.name} ({self.shape.parameters / 1e9:.2f} B) on {self.card.name}: "
+            f"{_gib(self.card.free_bytes)} free",
+            f"{plan.dtype}, {plan.optimizer}, {train.per_device_train_batch_size} x "
+            f"{data.max_length:,} tokens a pass, {self._recomputed()}",
+            "",
+            *_table(terms, self.traced),
+            "",
+            self._verdict(),
+        ]
+        said += [f"note: {note}" for note in plan.notes]
+        said += [f"chosen: {reason}" for reason in self.fitted.reasons]
+        said.append(self._reach())
+        said.append(self._speed())
+        if self.refusal:
+            said += ["", *self.refusal.splitlines()[2:]]
+        if self.sibling:
+            said.append(f"The largest sibling that would fit: {self.sibling}.")
+        return said
+
+    def _recomputed(self) -> str:
+        again = speed.checkpointed_layers(self.recipe, self.shape)
+        offloaded = ", inputs offloaded" if self.recipe.train.activation_offload else ""
+        return f"{again} of {self.shape.layers} layers computed again{offloaded}"
+
+    def _verdict(self) -> str:
+        left = self.card.free_bytes - (
+            self.traced["total_bytes"] if self.traced else self.plan.total_bytes
+        )
+        how = "traced" if self.traced else "predicted"
+        if left >= 0:
+            return f"fits: {_gib(left)} to spare ({how})"
+        return f"does not fit: {_gib(-left)} too much ({how})"
+
+    def _reach(self) -> str:
+        if not self.longest:
+            return "with these settings no length fits"
+        many = f", or {self.rows} x {self.recipe.data.max_length:,} tokens a pass"
+        return f"with these settings: max_length to {self.longest:,}{many if self.rows else ''}"
+
+    def _speed(self) -> str:
+        gflop = speed.flops_per_token(self.recipe, self.shape) / 1e9
+        if self.measured is None:
+            return (
+                f"{gflop:.1f} GFLOP a token; no time is predicted: nothing was measured on this card yet, "
+                "the first run on it does"
+            )
+        return (
+            f"{gflop:.1f} GFLOP a token: about {self.tokens_per_second:,.0f} tokens/s, "
+            f"{self.step_seconds:,.1f} s a step of full rows (predicted from {self.measured.model} on "
+            f"{self.measured.date}: {self.measured.tokens_per_second:,.0f} tokens/s)"
+        )
+
+
+def table(lengths: Sequence[int] = LENGTHS, names: Sequence[str] = CARDS) -> list[str]:
+    """Models by cards: predicted GiB at each length with everything recomputed, and what fits.
+
+    r 16, one sequence a pass; a dash where it does not fit; last the longest sequence.
+    """
+    from qlora.recipe import recipe_from
+
+    rows = [("model", *names)]
+    for name in siblings.TABLED:
+        shape, cells = siblings.published()[name], []
+        for card in (cards.named_card(text) for text in names):
+            found = []
+            for length in lengths:
+                recipe = recipe_from(
+                    {
+                        "model": {"name": name},
+                        "data": {"train": "hub:owner/rows", "max_length": length},
+                        "run": {"name": "table"},
+                    }
+                )
+                plan = memory.predict(recipe, shape, card)
+                found.append(f"{plan.total_bytes / GIB:.1f}" if plan.fits else "-")
+            longest = fitting.longest(recipe, shape, card)
+            cells.append(f"{' / '.join(found)}  to {longest:,}" if longest else "-")
+        rows.append((name, *cells))
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    heading = (
+        f"GiB at {' / '.join(f'{n:,}' for n in lengths)} tokens, and the longest sequence, one a pass; "
+        "NF4, r 16, every layer computed again (predicted)"
+    )
+    body = [
+        "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
+    ]
+    return [heading, "", *body]
+
+
+def _could_fit(recipe: Recipe, shape: Shape, card: Card) -> bool:
+    """Whether anything that a person may change without another model makes it fit."""
+    frugal = fitting.most_frugal(recipe, shape, card)
+    data = frugal.data.model_copy(update={"max_length": min(128, frugal.data.max_length)})
+    lora = frugal.lora.model_copy(update={"r": min(8, frugal.lora.r)})
+    quant = frugal.quant.model_copy(update={"quant_type": "nf4", "double_quant": True})
+    least = frugal.model_copy(update={"data": data, "lora": lora, "quant": quant})
+    return memory.predict(least, shape, card).fits
+
+
+def _split_scales(terms: dict[str, int], shape: Shape, recipe: Recipe) -> dict[str, int]:
+    """The packed base without its scales, and the scales."""
+    if "base_nf4" not in terms:
+        return terms
+    scales = terms["base_nf4"] - -(-shape.linear_parameters // 2)
+    return {"base_nf4": terms["base_nf4"] - scales, "scales": scales} | {
+        name: size for name, size in terms.items() if name != "base_nf4"
+    }
+
+
+def _table(terms: dict[str, int], traced: dict[str, Any] | None) -> list[str]:
+    """Bytes term by term, beside the traced ones where there are some."""
+    if traced is None:
+        rows = [(name, size, None) for name, size in terms.items() if size >= _SHOWN_BYTES]
+        total: tuple[int, int | None] = sum(terms.values()), None
+    else:
+        names = dict.fromkeys((*terms, *traced["terms"]))
+        rows = [
+            (name, terms.get(name, 0), traced["terms"].get(name, 0))
+            for name in names
+            if max(terms.get(name, 0), traced["terms"].get(name, 0)) >= _SHOWN_BYTES
+        ]
+        total = sum(terms.values()), traced["total_bytes"]
+    lines = []
+    if traced is not None:
+        lines.append(f"  {'':<26}{'predicted':>10}{'traced':>10}")
+    for name, size, other in [*rows, ("total", *total)]:
+        word = _WORDS.get(name, name)
+        beside = "" if other is None else f"{other / GIB:>10.3f}"
+        lines.append(
+            f"  {word:<26}{size / GIB:>10.3f}{beside}" + (" GiB" if name == "total" else "")
+        )
+    return lines
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"

@@ -1,0 +1,161 @@
+"""The quick plan beside the traced one, over a grid of models, lengths, ranks and vocabularies.
+
+    python scripts/bench_plan.py [--json FILE] [--only FAMILY ...]
+
+Every cell is a whole training step on fake tensors (:mod:`qlora.rehearsal`), of two layers and of four; the
+traced peak of all layers lies on a line through the two, and one cell of each family is traced in full to
+show that it does. The quick plan is arithmetic on the same ``config.json``. No card is needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import measure
+from measure import ROOT
+
+# Per family and size: (hidden, intermediate, layers, heads, key and value heads, head_dim), after
+# published models of about 1, 3 and 8 billion parameters.
+SIZES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
+    "llama": ((2048, 8192, 16, 32, 8, 64), (3072, 8192, 28, 24, 8, 128), (4096, 14336, 32, 32, 8, 128)),
+    "mistral": ((2560, 6912, 24, 32, 8, 80), (3072, 9216, 26, 24, 8, 128), (4096, 14336, 32, 32, 8, 128)),
+    "qwen2": ((1536, 8960, 28, 12, 2, 128), (2048, 11008, 36, 16, 2, 128), (3584, 18944, 28, 28, 4, 128)),
+    "qwen3": ((2048, 6144, 28, 16, 8, 128), (2560, 9728, 36, 32, 8, 128), (4096, 12288, 36, 32, 8, 128)),
+    "gemma3_text": ((1152, 6912, 26, 4, 1, 256), (2560, 10240, 34, 8, 4, 256), (3840, 15360, 48, 16, 8, 256)),
+    "phi3": ((2048, 8192, 24, 32, 8, 64), (3072, 8192, 32, 24, 8, 128), (5120, 17920, 40, 40, 10, 128)),
+    "smollm3": ((1024, 4096, 24, 16, 4, 64), (2048, 11008, 36, 16, 4, 128), (4096, 14336, 32, 32, 8, 128)),
+}  # fmt: skip
+LENGTHS, RANKS, VOCABULARIES = (512, 2048, 8192), (16, 64), (32_000, 151_936)
+CARD = "A100-80GB"
+
+
+def recipe_of(length: int, r: int, checkpointing: bool) -> Any:
+    """A recipe with everything that moves memory in this grid."""
+    from qlora.recipe import recipe_from
+
+    return recipe_from(
+        {
+            "model": {"name": "owner/model"},
+            "data": {"train": "hub:owner/data", "max_length": length},
+            "lora": {"r": r},
+            "train": {"activation_checkpointing": checkpointing},
+            "run": {"name": "grid"},
+        }
+    )
+
+
+def config_of(family: str, size: tuple[int, ...], vocabulary: int, layers: int) -> dict[str, Any]:
+    """A config.json of that family and size; embedding and head are one matrix in the small ones."""
+    hidden, intermediate, _, heads, kv, head_dim = size
+    config = {
+        "model_type": family, "hidden_size": hidden, "intermediate_size": intermediate,
+        "num_hidden_layers": layers, "num_attention_heads": heads, "num_key_value_heads": kv,
+        "vocab_size": vocabulary, "max_position_embeddings": 32768, "pad_token_id": None,
+        "tie_word_embeddings": hidden <= 2048, "bos_token_id": None, "eos_token_id": None,
+    }  # fmt: skip
+    return config if family == "phi3" else config | {"head_dim": head_dim}
+
+
+def traced(config: dict[str, Any], recipe: Any) -> dict[str, dict[str, int]]:
+    """Bytes by category at the highest point of each phase of a traced step."""
+    from transformers import AutoConfig
+
+    from qlora import cards, rehearsal
+
+    return rehearsal.trace(recipe, AutoConfig.for_model(**config), cards.named_card(CARD)).peaks
+
+
+def highest(two: Any, four: Any, layers: int) -> dict[str, int]:
+    """The peak of all layers: that of the phase whose line reaches highest."""
+    return max(
+        (on_line(two[phase], four[phase], layers) for phase in two), key=lambda p: sum(p.values())
+    )
+
+
+def on_line(two: dict[str, int], four: dict[str, int], layers: int) -> dict[str, int]:
+    """The bytes of all layers, from those of two and of four.
+
+    >>> on_line({"a": 10, "b": 4}, {"a": 14, "b": 4}, 32)
+    {'a': 70, 'b': 4}
+    """
+    names = [*two, *(name for name in four if name not in two)]
+    return {
+        name: two.get(name, 0) + (four.get(name, 0) - two.get(name, 0)) // 2 * (layers - 2)
+        for name in names
+    }
+
+
+def cell(
+    family: str, size: tuple[int, ...], length: int, r: int, vocabulary: int, checkpointing: bool
+) -> dict[str, Any]:
+    """One cell of the grid: both plans, and the quick one by the traced one."""
+    recipe = recipe_of(length, r, checkpointing)
+    two, four = (traced(config_of(family, size, vocabulary, layers), recipe) for layers in (2, 4))
+    found = {
+        "family": family, "hidden": size[0], "layers": size[2], "length": length, "r": r,
+        "vocabulary": vocabulary, "checkpointing": checkpointing,
+        "traced_bytes": sum(highest(two, four, size[2]).values()),
+    }  # fmt: skip
+    return judged(found)
+
+
+def judged(found: dict[str, Any]) -> dict[str, Any]:
+    """A cell with today's quick plan and the ratio of the two."""
+    from qlora import cards, memory
+    from qlora.shape import Shape
+
+    family, hidden = found["family"], found["hidden"]
+    size = next(size for size in SIZES[family] if size[0] == hidden)
+    shape = Shape.from_config(config_of(family, size, found["vocabulary"], size[2]))
+    recipe = recipe_of(found["length"], found["r"], found["checkpointing"])
+    plan = memory.plan(recipe, shape, cards.named_card(CARD))
+    quick = sum(size for name, size in plan.terms.items() if name != "overhead")
+    return found | {"quick_by_traced": round(quick / found["traced_bytes"], 4)}
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description="The quick plan beside the traced one.")
+    made.add_argument("--only", nargs="+", metavar="FAMILY", choices=SIZES, help="these alone")
+    made.add_argument("--again", type=Path, metavar="FILE", help="judge an earlier grid's traces")
+    measure.add_json(made)
+    return made
+
+
+def main() -> None:
+    arguments = parser().parse_args()
+    if arguments.again:
+        cells = [judged(c) for c in json.loads(arguments.again.read_text())["cells"]]
+    else:
+        cells, began = [], time.monotonic()
+        asked = [
+            (family, *rest)
+            for family in arguments.only or SIZES
+            for rest in itertools.product(
+                SIZES[family], LENGTHS, RANKS, VOCABULARIES, (True, False)
+            )
+        ]
+        for done, values in enumerate(asked, start=1):
+            cells.append(cell(*values))
+            left = (time.monotonic() - began) / done * (len(asked) - done)
+            print(f"\r{done}/{len(asked)}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+        print(file=sys.stderr)
+    rows = []
+    for family in dict.fromkeys(c["family"] for c in cells):
+        ratios = [c["quick_by_traced"] for c in cells if c["family"] == family]
+        far = sum(abs(ratio - 1) > 0.03 for ratio in ratios)
+        rows.append(
+            (family, str(len(ratios)), f"{min(ratios):.3f}", f"{max(ratios):.3f}", str(far))
+        )
+    result = {**measure.circumstances(), "card": CARD, "cells": cells}
+    measure.report(result, arguments.json or ROOT / "tests" / "measurements" / "plan-grid.json")
+    print(measure.table(("family", "cells", "lowest", "highest", "off by over 3 %"), rows))
+
+
+if __name__ == "__main__":
+    main()

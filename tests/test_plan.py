@@ -1,0 +1,264 @@
+"""`qlora plan`: from config.json alone, in a moment, and right beside the traced step."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from shapes import CONFIGS
+
+from qlora import cli, configfile, plansheet, speed
+from qlora.cards import GIB, Card, named_card
+from qlora.errors import DoesNotFit, ModelError
+from qlora.memory import plan, require_fit
+from qlora.recipe import recipe_from
+from qlora.shape import Shape
+
+LLAMA = CONFIGS["meta-llama/Llama-3.1-8B-Instruct"] | {"max_position_embeddings": 131072}
+MEASUREMENTS = Path(__file__).parent / "measurements"
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with a recipe for an 8B of which only the configuration is there."""
+    monkeypatch.chdir(tmp_path)
+    write_config(tmp_path / "llama", LLAMA)
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "completion": "b"}\n')
+    (tmp_path / "mine.yaml").write_text(
+        "model: {name: ./llama}\ndata: {train: rows.jsonl, max_length: 2048}\n"
+    )
+    return tmp_path
+
+
+def write_config(folder: Path, values: dict[str, Any]) -> None:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text(json.dumps(values))
+
+
+@pytest.fixture
+def say(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., tuple[int, str, str]]:
+    def call(*words: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["qlora", "plan", *words])
+        with pytest.raises(SystemExit) as end:
+            cli.main()
+        code = end.value.code
+        return (code if isinstance(code, int) else 0, *capsys.readouterr())
+
+    return call
+
+
+Say = Callable[..., tuple[int, str, str]]
+
+
+def test_a_plan_lists_bytes_term_by_term_a_verdict_and_what_else_would_fit(say: Say) -> None:
+    code, out, err = say("mine.yaml", "--card", "rtx3060")
+    assert (code, err) == (0, "")
+    for words in (
+        "(8.03 B) on RTX 3060: 11.64 GiB free", "base in NF4", "quantization state",
+        "embeddings, head, norms", "adapters, fp32", "their gradients", "optimizer state",
+        "kept activations", "one layer at work", "CUDA context, slack", "fits: 4.07 GiB to spare",
+        "GFLOP a token; no time is predicted: nothing was measured on this card yet",
+    ):  # fmt: skip
+        assert words in out
+    sizes = [float(size) for size in re.findall(r"(?m)^  \D.*? (\d+\.\d{3})", out)]
+    assert sum(sizes[:-1]) == pytest.approx(sizes[-1], abs=0.006)
+    reach = re.search(r"max_length to ([\d,]+), or (\d+) x 2,048", out)
+    assert reach is not None and int(reach[1].replace(",", "")) > 8192 and int(reach[2]) > 2
+
+
+def test_the_quick_plan_needs_neither_torch_nor_transformers(folder: Path) -> None:
+    code = (
+        "import sys; sys.argv = ['qlora', 'plan', 'mine.yaml', '--card', 't4', '--json']\n"
+        "from qlora import cli\n"
+        "try: cli.main()\n"
+        "except SystemExit as end: assert not end.code, end.code\n"
+        "print({'torch', 'transformers', 'datasets', 'rich'} & set(sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["fits"] is True
+    assert done.stderr.strip() == "set()"
+
+
+def test_a_plan_in_json_holds_all_that_is_printed(say: Say) -> None:
+    code, out, _ = say("mine.yaml", "--card", "12GB", "--json", "train.fit=auto")
+    found = json.loads(out)
+    assert code == 0 and found["fits"] and found["refusal"] is None and found["traced"] is None
+    assert found["total_bytes"] == sum(found["terms"].values())
+    assert found["chosen"]["activation_checkpointing"] not in (True, False)
+    assert found["longest_max_length"] >= 2048 and found["largest_micro_batch"] >= 1
+    assert found["gflop_per_token"] > 33 and found["predicted_tokens_per_second"] is None
+
+
+def test_what_does_not_fit_exits_with_2_and_says_the_cheapest_changes(say: Say) -> None:
+    code, out, _ = say("mine.yaml", "--card", "8GB", "data.max_length=8192")
+    assert code == 2
+    assert "does not fit: 2.9" in out and "GiB too much" in out
+    assert "Cheapest ways down:" in out and "train.activation_offload" in out
+
+
+def test_what_no_setting_can_mend_names_the_largest_sibling_that_would_fit(say: Say) -> None:
+    code, out, _ = say("mine.yaml", "--card", "4GB")
+    assert code == 2
+    assert "The largest sibling that would fit: meta-llama/Llama-3.2-3B." in out
+    assert "max_length to 0" not in out
+
+
+def test_a_longest_sequence_is_never_longer_than_the_base_knows(folder: Path, say: Say) -> None:
+    write_config(folder / "llama", LLAMA | {"max_position_embeddings": 4096})
+    assert "max_length to 4,096" in say("mine.yaml", "--card", "24GB")[1]
+
+
+def test_a_measured_card_gets_a_speed_and_a_time(say: Say, folder: Path) -> None:
+    shape = Shape.from_config(LLAMA)
+    recipe = recipe_from(
+        {
+            "model": {"name": "./llama"},
+            "data": {"train": "rows.jsonl", "max_length": 2048},
+            "run": {"name": "x"},
+        }
+    )
+    speed.remember(named_card("t4"), "float16", recipe, shape, 500.0, "2026-01-02")
+    code, out, _ = say("mine.yaml", "--card", "t4")
+    assert code == 0
+    assert "about 500 tokens/s, 65.5 s a step of full rows (predicted from" in out
+    assert "on 2026-01-02: 500 tokens/s)" in out
+
+
+def test_the_exact_plan_stands_beside_the_quick_one(folder: Path, say: Say) -> None:
+    write_config(folder / "llama", LLAMA | {"num_hidden_layers": 4})
+    code, out, _ = say("mine.yaml", "--card", "12GB", "--exact")
+    assert code == 0 and "predicted" in out and "traced" in out
+    (total,) = re.findall(r"total +([\d.]+) +([\d.]+) GiB", out)
+    assert float(total[0]) == pytest.approx(float(total[1]), rel=0.03)
+
+
+def test_a_family_that_the_quick_plan_does_not_know_is_traced(folder: Path, say: Say) -> None:
+    novel = {
+        "model_type": "stablelm", "hidden_size": 256, "intermediate_size": 512, "vocab_size": 1024,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 4096,
+    }  # fmt: skip
+    write_config(folder / "llama", novel)
+    code, out, err = say("mine.yaml", "--card", "12GB", "--json")
+    found = json.loads(out)
+    assert code == 0 and "'stablelm' is no family that the quick plan knows" in err
+    assert found["traced"]["terms"]["base_nf4"] > 0
+    assert found["traced"]["total_bytes"] == sum(found["traced"]["terms"].values())
+
+
+def test_a_family_that_nobody_knows_is_refused(folder: Path, say: Say) -> None:
+    write_config(folder / "llama", LLAMA | {"model_type": "novel"})
+    code, out, err = say("mine.yaml", "--card", "12GB")
+    assert (code, out) == (2, "")
+    assert "is no family that the quick plan knows" in err
+    assert "cannot be loaded" in err and "novel" in err
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("mine.yaml", "--card", "rtx4091"), "not a card known here. Did you mean RTX 4090"),
+        ((), "Name a recipe, or write --table alone"),
+        (("mine.yaml", "--table"), "Name a recipe, or write --table alone"),
+        (("mine.yaml", "--card", "t4", "quant.compute_dtype=bfloat16"), "does not compute in"),
+        (("mine.yaml", "--card", "t4", "lora.target_modules=[w1]"), "w1 matches nothing"),
+        (("mine.yaml", "--card", "t4", "model.name=owner/model"), "its config.json is not in the"),
+    ],
+)
+def test_bad_input_gets_a_short_message_and_exit_code_2(
+    say: Say, monkeypatch: pytest.MonkeyPatch, words: tuple[str, ...], said: str
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, err = say(*words)
+    assert (code, out) == (2, "")
+    assert said in " ".join(err.replace("│", " ").split())
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (None, "there is no config.json in it"),
+        ("{", "whose config.json cannot be read"),
+        ("[1]", "holds no JSON object"),
+    ],
+)
+def test_a_configuration_that_cannot_be_read_is_refused(
+    folder: Path, content: str | None, said: str
+) -> None:
+    path = folder / "llama" / "config.json"
+    path.unlink() if content is None else path.write_text(content)
+    recipe = recipe_from(
+        {"model": {"name": "./llama"}, "data": {"train": "rows.jsonl"}, "run": {"name": "x"}}
+    )
+    with pytest.raises(ModelError, match=said):
+        configfile.read(recipe)
+
+
+def test_the_table_has_a_row_for_every_model_and_a_column_for_every_card(say: Say) -> None:
+    code, out, _ = say("--table")
+    heading, _, columns, *rows = out.splitlines()
+    assert code == 0 and "(predicted)" in heading
+    assert columns.split() == ["model", *plansheet.CARDS]
+    cells = {row.split()[0]: re.split(r" {2,}(?!to)", row)[1:] for row in rows}
+    assert cells["meta-llama/Llama-2-13b-hf"][0] == "-"
+    assert cells["meta-llama/Llama-3.1-8B"][1].startswith("6.8 / 7.6 / 10.7")
+
+
+def test_memory_that_others_hold_is_said() -> None:
+    shared = Card("RTX 3060", "cuda", int(11.6 * GIB), int(5.1 * GIB), (8, 6))
+    recipe = recipe_from(
+        {"model": {"name": "a/b"}, "data": {"train": "hub:a/b"}, "run": {"name": "x"}}
+    )
+    with pytest.raises(DoesNotFit) as caught:
+        require_fit(plan(recipe, Shape.from_config(LLAMA), shared))
+    first = str(caught.value).splitlines()[0]
+    assert "has 5.1 GiB free. 6.5 GiB of its 11.6 GiB are taken, by other processes." in first
+
+
+def test_a_refusal_never_hides_the_numbers(say: Say) -> None:
+    code, out, _ = say("mine.yaml", "--card", "8GB", "data.max_length=8192", "--json")
+    found = json.loads(out)
+    assert code == 2 and found["fits"] is False
+    assert "This recipe needs" in found["refusal"] and found["total_bytes"] > 8 * GIB
+
+
+# The grid that scripts/bench_plan.py traced
+
+
+def _grid() -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((MEASUREMENTS / "plan-grid.json").read_text())
+    return found
+
+
+def test_the_grid_covers_families_sizes_lengths_ranks_checkpointing_and_vocabularies() -> None:
+    cells = _grid()["cells"]
+    for key, least in (
+        ("family", 6), ("length", 3), ("r", 2), ("vocabulary", 2), ("checkpointing", 2),
+    ):  # fmt: skip
+        assert len({cell[key] for cell in cells}) >= least
+    per_family = {cell["family"]: set() for cell in cells}
+    for cell in cells:
+        per_family[cell["family"]].add(cell["hidden"])
+    assert all(len(sizes) == 3 for sizes in per_family.values())
+    assert len(cells) == len(per_family) * 3 * 3 * 2 * 2 * 2
+
+
+def test_todays_quick_plan_is_within_three_percent_of_every_traced_cell() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    import bench_plan
+
+    off = [
+        cell
+        for cell in map(bench_plan.judged, _grid()["cells"])
+        if abs(cell["quick_by_traced"] - 1) > 0.03
+    ]
+    assert not off
