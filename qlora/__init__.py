@@ -4,17 +4,20 @@ The house has four floors. A module imports along its own floor or from a floor 
 one above; the ground floor never imports torch. A test reads this map and holds the code to it.
 
     3 front door   cli, __main__
-    2 stories      trainer, sft, evaluation, chat, doctor, draft, selftest, invariance, preview,
-                   accounting, page
-    1 machinery    hardware, bnb, loader, adapter, tokenizer, rendering, shortening, parity, table,
-                   intake, preparation, data, packing, generation, screen, callbacks, tracking
-    0 ground       recipe, settings, document, cookbook, memory, cards, shape, records, sources,
-                   ledger, rundir, places, hub, errors
+    2 stories      planning, trainer, sft, rehearsal, dress, evaluation, chat, doctor, draft,
+                   selftest, invariance, preview, accounting, page
+    1 machinery    hardware, bnb, weights, loader, adapter, attention, offload, phantom, tracing,
+                   tokenizer, rendering, shortening, parity, table, intake, preparation, data, packing,
+                   generation, screen, timeline, callbacks, tracking
+    0 ground       recipe, settings, document, cookbook, configfile, memory, layer, shape, cards,
+                   fitting, speed, siblings, plansheet, records, sources, ledger, rundir, places, vault,
+                   hub, errors
 
 From a notebook::
 
     import qlora
     recipe = qlora.load_recipe("quickstart")
+    print(qlora.plan(recipe, "t4"))
     run = qlora.train(recipe)
 """
 
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     "load_recipe": "qlora.recipe",
     "Recipe": "qlora.recipe",
+    "plan": "qlora.planning",
     "train": "qlora.trainer",
     "show": "qlora.preview",
     "Run": "qlora.rundir",
@@ -38,6 +42,7 @@ __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
     from qlora.errors import QLoRAError as QLoRAError
+    from qlora.planning import plan as plan
     from qlora.preview import show as show
     from qlora.recipe import Recipe as Recipe
     from qlora.recipe import load_recipe as load_recipe

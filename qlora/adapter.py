@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 from torch import nn
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from qlora import loader, rundir  # before peft: both import bitsandbytes, and ours does it quietly
 
@@ -90,11 +91,30 @@ def attach(base: Any, recipe: Recipe, new_tokens: Sequence[int] = ()) -> PeftMod
     with _quiet_peft():
         model = get_peft_model(base, config)
     restore_dtype(model)
-    if recipe.train.activation_checkpointing:
-        base.activation_checkpointing_enable(
-            activation_checkpointing_kwargs={"use_reentrant": False}
-        )
+    checkpoint_layers(base, recipe.train.activation_checkpointing)
     return model
+
+
+def checkpoint_layers(base: Any, layers: bool | int) -> None:
+    """Let all layers of a base, none, or the first so many compute their activations again.
+
+    The first ones: when the last layer is passed backwards, at the peak, what is kept in full then is
+    gone soonest.
+    """
+    if not layers:
+        base.activation_checkpointing_disable()
+        return
+    base.activation_checkpointing_enable(activation_checkpointing_kwargs={"use_reentrant": False})
+    if layers is not True:
+        tower = _towers(base)
+        own = [
+            module
+            for name, module in base.named_modules()
+            if isinstance(module, GradientCheckpointingLayer)
+            and not (tower and re.fullmatch(tower, f"{name}."))
+        ]
+        for layer in own[layers:]:
+            layer.gradient_checkpointing = False
 
 
 def count(model: nn.Module) -> Counts:

@@ -21,6 +21,7 @@ from qlora import hardware
 from qlora.cards import Card
 from qlora.errors import TrainingDiverged
 from qlora.screen import GIB, Screen, duration
+from qlora.timeline import Timeline
 
 
 class TrackedProgress(TrainerCallback):
@@ -39,6 +40,8 @@ class TrackedProgress(TrainerCallback):
         self.steps = 0  # of this process: a resumed run has taken more
         self.tokens = 0
         self.has_learned = False  # a step was taken with a learning rate above zero
+        self.timeline = Timeline(card)
+        self._step = 0
         self._began = 0.0
         self._logged_seconds = 0.0
         self._logged_tokens = 0
@@ -59,17 +62,23 @@ class TrackedProgress(TrainerCallback):
             finally:
                 self._bar = None
 
-    def saw(self, rows: list[int], tokens: int, loss: torch.Tensor) -> None:
-        """Count the tokens of a micro-batch."""
+    def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None:
+        """Count the tokens of a micro-batch, and see whether it needed more memory than those before."""
         self.tokens += tokens
+        self.timeline.saw(self._step, computed)
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self.timeline.between()
+        self._step = state.global_step + 1
         self._began = time.perf_counter()
 
-    def on_pre_optimizer_step(
-        self, args: Any, state: Any, control: Any, optimizer: Any, **_: Any
+    def on_optimizer_step(
+        self, args: Any, state: Any, control: Any, model: Any, optimizer: Any, **_: Any
     ) -> None:
-        self.has_learned |= any(group["lr"] > 0 for group in optimizer.param_groups)
+        self.timeline.stepped(model)
+        # In fp16 the first steps may be skipped, until the scaler has found its scale.
+        if not optimizer.step_was_skipped:
+            self.has_learned |= any(group["lr"] > 0 for group in optimizer.param_groups)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.train_seconds += time.perf_counter() - self._began
@@ -77,7 +86,16 @@ class TrackedProgress(TrainerCallback):
         if self._bar is not None:
             self._bar.update(self._task, completed=state.global_step)
 
-    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any], **_: Any) -> None:
+    def on_log(
+        self,
+        args: Any,
+        state: Any,
+        control: Any,
+        logs: dict[str, Any],
+        model: Any,
+        optimizer: Any,
+        **_: Any,
+    ) -> None:
         line: dict[str, Any] = {"step": state.global_step, "time": round(time.time(), 3)}
         line |= {key: finite(value) for key, value in logs.items() if key != "num_tokens"}
         if "loss" in logs:
@@ -88,6 +106,9 @@ class TrackedProgress(TrainerCallback):
             )
             self._logged_seconds, self._logged_tokens = self.train_seconds, self.tokens
             line["memory_bytes"], line["peak_memory_bytes"] = hardware.memory_in_use(self.card)
+            line["peak_step"] = self.timeline.peak_step
+            line["peak_tokens"] = self.timeline.peak_tokens
+            line["memory"] = self.timeline.held(model, optimizer)
             self._show(line, state)
         with self.path.open("a", encoding="utf-8") as file:
             file.write(json.dumps(line, allow_nan=False) + "\n")
@@ -118,7 +139,7 @@ class StopOnNonFinite(TrainerCallback):
         self.scaled = scaled
         self._seen: list[tuple[list[int], torch.Tensor]] = []
 
-    def saw(self, rows: list[int], tokens: int, loss: torch.Tensor) -> None:
+    def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None:
         """Remember a micro-batch, without waiting for the device."""
         self._seen.append((rows, loss.detach()))
 

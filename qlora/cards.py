@@ -31,7 +31,9 @@ class Card:
 
     @property
     def supports_bf16(self) -> bool:
-        return self.kind == "cpu" or (self.capability is not None and self.capability >= (8, 0))
+        if self.capability is None:
+            return self.kind == "cpu"
+        return self.capability >= (8, 0)
 
 
 # Usable GiB and capability. A "24 GB" GeForce reports 23.3-23.7 GiB and a "12 GB" one 11.6-11.8:

@@ -27,6 +27,11 @@ app = typer.Typer(
 )
 recipes_app = typer.Typer(help="The recipes that ship with qlora.", no_args_is_help=True)
 app.add_typer(recipes_app, name="recipes")
+cache_app = typer.Typer(
+    help="What is kept on disk to start faster: quantized bases and tokenized rows.",
+    no_args_is_help=True,
+)
+app.add_typer(cache_app, name="cache")
 
 
 def main() -> None:
@@ -75,6 +80,45 @@ def train(
         trainer.train(loaded, resume=resume)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
+
+
+@app.command()
+def plan(
+    recipe: Annotated[
+        str | None, typer.Argument(help="A recipe file, or a name of `qlora recipes list`.")
+    ] = None,
+    overrides: Annotated[
+        list[str] | None, typer.Argument(help="section.key=value, such as data.max_length=4096.")
+    ] = None,
+    card: Annotated[
+        str | None, typer.Option(help="12GB, t4, rtx3060 ...; default: the card of this machine.")
+    ] = None,
+    exact: Annotated[
+        bool, typer.Option("--exact", help="Trace the real training step beside the prediction.")
+    ] = False,
+    table: Annotated[
+        bool, typer.Option("--table", help="Published models by cards and lengths; no recipe.")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+) -> None:
+    """Will it fit? Bytes term by term from config.json alone, what else would fit, and how fast.
+
+    No weight is read or downloaded, and no card is needed. Exit code 2 if it does not fit.
+    """
+    import json
+
+    from qlora import planning, plansheet
+    from qlora.recipe import load_recipe
+
+    if table or recipe is None:
+        if recipe is not None or not table:
+            raise typer.BadParameter("Name a recipe, or write --table alone.")
+        print("\n".join(plansheet.table()))
+        return
+    sheet = planning.plan(load_recipe(recipe, overrides or ()), card, exact=exact)
+    print(json.dumps(sheet.to_json(), indent=2) if as_json else sheet)
+    if not sheet.fits:
+        raise typer.Exit(2)
 
 
 @app.command()
@@ -324,3 +368,68 @@ def schema() -> None:
     from qlora.settings import json_schema
 
     print(json.dumps(json_schema(), indent=2))
+
+
+@cache_app.command("list")
+def list_cache() -> None:
+    """Everything that is kept: kind, name, settings, size, age, and how long ago it was used."""
+    import time
+
+    from qlora import places, vault
+
+    now, entries = time.time(), vault.entries()
+    where = places.shown(places.cache())
+    if not entries:
+        print(f"nothing is kept in {where}")
+        return
+    rows = [("kind", "name", "settings", "size", "made", "used")]
+    for entry in entries:
+        size, made, used = (
+            vault.human(entry.bytes), vault.ago(now - entry.made), vault.ago(now - entry.used)
+        )  # fmt: skip
+        rows.append((entry.kind, entry.name, entry.settings, size, made, used))
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        print("  ".join(f"{cell:<{w}}" for cell, w in zip(row, widths, strict=True)).rstrip())
+    print(f"{vault.human(sum(entry.bytes for entry in entries))} in {where}")
+
+
+@cache_app.command("remove")
+def remove_cache(
+    names: Annotated[
+        list[str] | None, typer.Argument(help="Names that `qlora cache list` shows.")
+    ] = None,
+    everything: Annotated[bool, typer.Option("--all", help="Remove everything kept.")] = False,
+) -> None:
+    """Free the space of what is kept; it is made again when it is needed."""
+    from qlora import vault
+
+    if everything == bool(names):
+        raise typer.BadParameter("Name what to remove (see `qlora cache list`), or write --all.")
+    entries = vault.entries() if everything else vault.named(names or ())
+    for entry in entries:
+        vault.remove(entry)
+        print(f"removed {entry.name}")
+    print(f"{vault.human(sum(entry.bytes for entry in entries))} freed")
+
+
+@cache_app.command("verify")
+def verify_cache() -> None:
+    """Read every byte of what is kept and compare its hash. Exit code 2 if anything is damaged."""
+    from qlora import vault
+
+    damaged = []
+    for entry in vault.entries():
+        defect = entry.defect()
+        if defect is None:
+            print(f"ok       {entry.name}")
+        else:
+            damaged.append(entry.name)
+            print(f"damaged  {entry.name}: {defect}")
+    if damaged:
+        print(
+            f"remove what is damaged: qlora cache remove {' '.join(damaged)}\n"
+            "nothing is lost by it: it is made again when it is needed",
+            file=sys.stderr,
+        )
+        raise typer.Exit(2)

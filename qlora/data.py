@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 import qlora
-from qlora import ledger, records, rundir, sources, table, tokenizer
+from qlora import ledger, records, rundir, sources, table, tokenizer, vault
 from qlora.errors import DataError
 from qlora.intake import Input, inputs
 from qlora.ledger import Account, Ledger
@@ -90,6 +90,9 @@ def tokenize(recipe: Recipe, tok: Any, vocab_size: int, progress: Progress = unw
 
     def build(folder: Path) -> None:
         Preparation(recipe, renderer, vocab_size, folder).run(train, held_out, progress)
+        names = [source.name for source in recipe.data.sources]
+        settings = f"up to {recipe.data.max_length:,} tokens, loss on {recipe.data.loss_on}"
+        vault.describe(folder, names[0], settings)
 
     keep = recipe.data.cache and all(found.digest for found in [*train, *held_out])
     folder, hit = table.cached(_key(recipe, tok, vocab_size, train, held_out), build, keep=keep)

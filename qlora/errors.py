@@ -26,12 +26,16 @@ class ModelError(QLoRAError):
     """The base model or its tokenizer is missing, unreadable or unsuited."""
 
 
+class CacheError(QLoRAError):
+    """Something kept on disk has another name, or cannot be removed."""
+
+
 class HardwareError(QLoRAError):
     """The machine cannot do what the recipe asks of it."""
 
 
 class DoesNotFit(HardwareError):
-    """The plan needs more memory than the card has. Raised before any weight is read."""
+    """The plan needs more memory than the card has, before any weight is read; or the card ran out."""
 
 
 class CheckpointError(QLoRAError):

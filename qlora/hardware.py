@@ -61,6 +61,21 @@ def memory_in_use(card: Card) -> tuple[int, int]:
     return _kib(fields["VmRSS"]), _kib(fields["VmHWM"])
 
 
+def ran_out_of_memory(error: BaseException) -> bool:
+    """Whether an error means that a card, or the host, has no memory left.
+
+    torch has a class for its own allocator alone. cuBLAS, cuDNN, the driver and the CPU's allocator say
+    it in the text of a plain RuntimeError.
+    """
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    said = str(error) if isinstance(error, RuntimeError) else ""
+    return any(
+        words in said
+        for words in ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator:")
+    )
+
+
 def _kib(text: str) -> int:
     return int(text.split()[0]) * 1024
 

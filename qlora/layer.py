@@ -1,8 +1,8 @@
 """What one decoder layer keeps for its backward pass, and needs beside it while it is busy.
 
 Read off traces of the libraries' own step (transformers 5.23, PEFT 0.21, bitsandbytes 0.50; see
-:mod:`qlora.rehearsal`), tensor by tensor, and held to them by ``scripts/bench_plan.py``. All sizes are bytes
-of one micro-batch.
+:mod:`qlora.rehearsal`), tensor by tensor, and held to them by ``scripts/bench_plan.py``. All sizes are
+bytes of one micro-batch.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ class Layer:
         square: Sum over the sequences of their length squared.
         r: Rank of the adapter.
         targets: The linears it hangs on.
-        dropout: Whether the adapter's input is dropped out.
+        dropped: Bytes an element of the mask that dropout of the adapter's input keeps; 0 without it.
         nf4: Whether the linears are packed, and so unpacked one at a time.
         masked: Whether attention is given a mask: the rows are padded, or packed without a kernel that
             reads bounds from positions.
@@ -40,7 +40,7 @@ class Layer:
     square: int
     r: int
     targets: frozenset[str]
-    dropout: bool = False
+    dropped: int = 0
     nf4: bool = True
     masked: bool = True
     scores: bool = False
@@ -143,8 +143,9 @@ class Layer:
     def _inputs(self) -> int:
         """Elements a token of what the adapters keep of their inputs."""
         linears, kept = self.shape.linears, 0
-        if self.dropout:  # each its own dropped-out copy, and a mask of a byte an element
-            return sum(linears[n][0] * (self.element + 1) for n in self.targets) // self.element
+        if self.dropped:  # each its own dropped-out copy, and a mask
+            width = sum(linears[n][0] for n in self.targets)
+            return width * (self.element + self.dropped) // self.element
         if self.own_inputs:
             return sum(linears[n][0] for n in self.targets)
         if self.targets & {"q_proj", "k_proj", "v_proj", FUSED_QKV}:

@@ -8,17 +8,23 @@ evaluation does not change what a later training step computes.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from qlora import cards, hardware, hub
+from qlora import cards, hardware, hub, rundir, vault, weights
+from qlora.attention import sdpa_on
 from qlora.bnb import bnb
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
@@ -28,6 +34,10 @@ from qlora.settings import Recipe
 # NF4 with blocks of 64 leaves 0.0085 of the variance of normal weights (QLoRA, section 3). A kernel
 # that leaves more than this does not compute NF4.
 MAX_NF4_ERROR = 0.02
+MIN_KEPT_BYTES = 256 * 2**20  # of a checkpoint; a smaller one is quantized in a moment
+# Of a kept base: on its way from a card to the disk a whole file passes through the host's memory.
+FILE_SIZE = "400MB"
+UNREADABLE = (OSError, ValueError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -49,10 +59,11 @@ class BaseConfig:
 
 @dataclass(frozen=True)
 class Base:
-    """A loaded, frozen base and the facts of its loading, for the run's record."""
+    """A loaded, frozen base, the facts of its loading for the run's record, and what to tell of it."""
 
     model: Any
     facts: dict[str, Any]
+    notes: tuple[str, ...] = ()
 
 
 def read_config(recipe: Recipe) -> BaseConfig:
@@ -94,8 +105,11 @@ def read_config(recipe: Recipe) -> BaseConfig:
 def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = True) -> Base:
     """Quantize the base to NF4 on the card, tensor by tensor, and freeze it.
 
-    A checkpoint that is already bitsandbytes 4-bit is loaded as it is; only its compute dtype is set
-    to what this card has. Unquantized parts (embeddings, norms, head) are kept in the compute dtype.
+    The host holds one 16-bit tensor at a time. A checkpoint that is already bitsandbytes 4-bit is loaded
+    as it is; only its compute dtype is set to what this card has. Unquantized parts (embeddings, norms,
+    head) are kept in the compute dtype. With ``quant.cache`` the quantized base of a checkpoint of 256 MB
+    or more is kept on disk and found again; it is used if every byte is as it was written, and what was
+    done is in ``facts["from_cache"]`` and ``notes``.
 
     Args:
         recipe: Which base, and how it is stored.
@@ -107,7 +121,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         The model in eval mode, every parameter with ``requires_grad=False``.
 
     Raises:
-        ModelError: No safetensors, a linear that stayed 16-bit, mixture-of-experts weights (the
+        ModelError: No safetensors, torn ones, a linear that stayed 16-bit, mixture-of-experts weights (the
             libraries leave them 16-bit), or a weight that is not finite.
         HardwareError: The card cannot compute what the recipe asks, or its NF4 kernel is wrong.
     """
@@ -116,41 +130,42 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
     quantized = wanted or config.is_prequantized
     if config.is_prequantized:
         _require_nf4_checkpoint(config, recipe)
-    attention = _attention(recipe, card, config, dtype)
-    where = str(local_path(recipe.model.name)) if is_local(recipe.model.name) else recipe.model.name
-    arguments: dict[str, Any] = {}
-    if wanted and not config.is_prequantized:
-        arguments["quantization_config"] = BitsAndBytesConfig(
-            load_in_4bit=True,
-            bnb_4bit_quant_type="nf4",
-            bnb_4bit_use_double_quant=recipe.quant.double_quant,
-            bnb_4bit_compute_dtype=dtype,
-        )
-    had_bars = transformers_logging.is_progress_bar_enabled()
-    if not bars:
-        transformers_logging.disable_progress_bar()
+    attention = attention_on(card, recipe, config)
+    where = _where(recipe)
+    key = _key(recipe, card, config, dtype)
+    model, asked, size, notes = None, None, 0, ()
+    place = 0 if card.kind == "cuda" else "cpu"
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            where,
-            revision=config.commit or recipe.model.revision,
-            dtype=dtype,
-            device_map={"": 0} if card.kind == "cuda" else {"": "cpu"},
-            attn_implementation=attention,
-            use_safetensors=True,
-            trust_remote_code=False,
-            **arguments,
-        )
-    except (OSError, ValueError) as error:
+        if key is not None:
+            with _bars(bars):
+                model, notes = _found(key, place, dtype, attention)
+        from_cache = model is not None
+        if model is None:
+            revision = config.commit or recipe.model.revision
+            files = weights.files(where, revision)
+            size = sum(file.stat().st_size for file in files)
+            if wanted and not config.is_prequantized:
+                asked = BitsAndBytesConfig(
+                    load_in_4bit=True,
+                    bnb_4bit_quant_type="nf4",
+                    bnb_4bit_use_double_quant=recipe.quant.double_quant,
+                    bnb_4bit_compute_dtype=dtype,
+                )
+            with _bars(bars):
+                model = weights.assemble(config.config, files, place, dtype, attention, asked)
+            model.generation_config = weights.generation_config(where, revision, model)
+    except UNREADABLE as error:
         raise ModelError(_explain(recipe.model.name, recipe.model.revision, error)) from None
-    finally:
-        if had_bars:
-            transformers_logging.enable_progress_bar()
+    model.name_or_path = model.config.name_or_path = where
     model.requires_grad_(False)
     model.eval()
     if quantized:
         _require_every_linear_quantized(model)
         _prepare_linears(model, card, dtype)
     _require_finite(model)
+    if key is not None and size >= MIN_KEPT_BYTES:
+        with _bars(bars):
+            notes += (_keep(key, recipe, card, dtype, model),)
     return Base(
         model,
         {
@@ -163,7 +178,9 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
             "quantized_linears": sum(1 for _ in linears_4bit(model)),
             "prequantized": config.is_prequantized,
             "footprint_bytes": model.get_memory_footprint(),
+            "from_cache": from_cache,
         },
+        notes,
     )
 
 
@@ -195,10 +212,14 @@ def nf4_error(in_features: int, device: torch.device) -> float:
     linear = linear.to(device)
     linear.compute_dtype = torch.float32
     linear.support_avx512bf16_for_cpu = False
+    lost = 0.0
     with torch.no_grad():
-        # Through the layer, not dequantize_4bit: the wrong path is chosen inside the forward.
-        restored = linear(torch.eye(in_features, device=device)).T
-    return float((restored - weight).square().mean() / weight.square().mean())
+        for start in range(0, in_features, 1024):  # the whole identity of a wide layer takes 1 GB
+            ones = torch.eye(min(1024, in_features - start), in_features, device=device)
+            # Through the layer, not dequantize_4bit: the wrong path is chosen inside the forward.
+            restored = linear(ones.roll(start, dims=1)).T
+            lost += float((restored - weight[:, start : start + 1024]).square().sum())
+    return lost / float(weight.square().sum())
 
 
 def _require_hub(name: str, revision: str) -> None:
@@ -213,19 +234,105 @@ def _require_hub(name: str, revision: str) -> None:
         )
 
 
-def _attention(recipe: Recipe, card: Card, config: BaseConfig, dtype: torch.dtype) -> str:
+def _where(recipe: Recipe) -> str:
+    name = recipe.model.name
+    return str(local_path(name)) if is_local(name) else name
+
+
+@contextmanager
+def _bars(shown: bool) -> Iterator[None]:
+    """Keep transformers' bars off in the block, unless they may be shown."""
+    had = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had:
+            transformers_logging.enable_progress_bar()
+
+
+def _key(recipe: Recipe, card: Card, config: BaseConfig, dtype: torch.dtype) -> str | None:
+    """The name in the cache of what quantizing this checkpoint gives, or None if it is not kept.
+
+    A local folder is known by what lies in it and not by where it lies: it may be moved.
+    """
+    if recipe.quant.quant_type != "nf4" or config.is_prequantized or not recipe.quant.cache:
+        return None
+    if is_local(recipe.model.name):
+        folder = local_path(recipe.model.name)
+        stats = {path.name: path.stat() for path in sorted(folder.glob("*.safetensors*"))}
+        small = [folder / name for name in ("config.json", "generation_config.json")]
+        source: list[Any] = [
+            [rundir.sha256(path) for path in small if path.is_file()],
+            [[name, stat.st_size, stat.st_mtime_ns] for name, stat in stats.items()],
+        ]
+    elif config.commit is None:
+        return None
+    else:
+        source = [recipe.model.name, config.commit]
+    return vault.key(
+        {
+            "source": source,
+            "double_quant": recipe.quant.double_quant,
+            "compute_dtype": str(dtype),
+            "device": card.kind,  # their kernels need not round alike
+            "bitsandbytes": version("bitsandbytes"),
+            "transformers": version("transformers"),
+        }
+    )
+
+
+def _found(
+    key: str, place: int | str, dtype: torch.dtype, attention: str
+) -> tuple[Any | None, tuple[str, ...]]:
+    """The kept base of a key, if it is there and whole, and what to tell."""
+    folder, notes = vault.find(key)
+    if folder is None:
+        return None, notes
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        files = weights.files(str(folder), None)
+        model = weights.assemble(config, files, place, dtype, attention)
+        model.generation_config = weights.generation_config(str(folder), None, model)
+    except UNREADABLE as error:
+        return None, (*notes, vault.discard(folder, str(error)))
+    return model, notes
+
+
+def _keep(key: str, recipe: Recipe, card: Card, dtype: torch.dtype, model: Any) -> str:
+    def write(folder: Path) -> None:
+        # Before any evaluation: what save_pretrained writes after one is not what was loaded on an
+        # AVX512-BF16 CPU that repacks its weights (see _prepare_linears).
+        model.save_pretrained(folder, max_shard_size=FILE_SIZE)
+
+    double = ", double quant" if recipe.quant.double_quant else ""
+    settings = f"nf4{double}, {str(dtype).removeprefix('torch.')}, {card.kind}"
+    size = model.get_memory_footprint()
+    failures = (ValueError, RuntimeError, SafetensorError)
+    return vault.keep(key, recipe.model.name, settings, size, write, failures)
+
+
+def attention_on(card: Card, recipe: Recipe, config: BaseConfig) -> str:
+    """The attention implementation, by transformers' name, that this recipe gets on this card.
+
+    Raises:
+        HardwareError: FlashAttention is asked for and cannot run.
+    """
     asked = recipe.model.attn_implementation
     if asked == "flash_attention_2" and not hardware.has_flash_attention(card):
         raise HardwareError(
             "model.attn_implementation is 'flash_attention_2', but it needs the package flash_attn and "
             f"a card of capability 8 or newer; this is {card.name}. Write 'auto' or 'sdpa'."
         )
-    if asked != "auto":
-        return asked
-    if hardware.has_flash_attention(card) and dtype != torch.float32:
-        return "flash_attention_2"
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.config), None)
-    return "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
+    if asked == "auto":
+        if hardware.has_flash_attention(card) and cards.compute_dtype(recipe, card) != "float32":
+            return "flash_attention_2"
+        asked = "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
+    # Falcon has its own way to SDPA, past the registered ones; it never asks for shared heads.
+    takes_ours = getattr(architecture, "_can_set_attn_implementation", lambda: True)()
+    return sdpa_on(card) if asked == "sdpa" and takes_ours else asked
 
 
 def _require_nf4_checkpoint(config: BaseConfig, recipe: Recipe) -> None:
@@ -297,7 +404,8 @@ def _require_finite(model: nn.Module) -> None:
         # The scales carry a NaN of the packed weights; nested scales are one level further down.
         scales = state and (state.state2 if state.nested else state).absmax
         tensor = parameter if scales is None else scales
-        if tensor.is_floating_point() and not torch.isfinite(tensor).all():
+        # aminmax carries a NaN on and, unlike isfinite, makes no copies of a large embedding.
+        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
             raise ModelError(
                 f"{name} of the base holds values that are not finite. The download is damaged, or "
                 "the weights overflow in this compute dtype (try quant.compute_dtype: float32)."
@@ -312,7 +420,12 @@ def _explain(name: str, revision: str, error: Exception) -> str:
             f"model.name is {name!r}, which is gated. Accept its licence on its hub page, then set "
             "HF_TOKEN in the environment (or run `hf auth login`)."
         )
-    if "safetensors" in text:
+    if isinstance(error, FileNotFoundError) and error.filename:
+        return (
+            f"model.name is {name!r}, but {Path(error.filename).name} is missing from it: copying or "
+            "downloading it was not finished. Fetch it again."
+        )
+    if "safetensors" in text and "does not appear to have" in text:
         return (
             f"model.name is {name!r}, but it holds no safetensors weights. Pickled .bin files are not "
             "opened, because loading them can run code. Convert it with save_pretrained first."

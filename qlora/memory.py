@@ -193,7 +193,8 @@ def _layer(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:
         square=rows * length**2,
         r=recipe.lora.r,
         targets=frozenset(target_names(shape, recipe.lora.target_modules)),
-        dropout=recipe.lora.lora_dropout > 0,
+        # CUDA's kernel keeps a byte an element, the CPU's a float.
+        dropped=0 if not recipe.lora.lora_dropout else 1 if card.kind == "cuda" else 4,
         nf4=nf4,
         own_inputs=element == 2 and not (nf4 and card.kind == "cuda"),
         masked=asked != "flash_attention_2",
@@ -290,7 +291,9 @@ def require_fit(plan: Plan) -> None:
     taken = ""
     if plan.card.kind == "cuda" and others > GIB:
         # The context of this very process is in it, half a gigabyte.
-        taken = f" {_gib(others)} of its {_gib(plan.card.total_bytes)} are taken, by other processes."
+        taken = (
+            f" {_gib(others)} of its {_gib(plan.card.total_bytes)} are taken, by other processes."
+        )
     lines = [
         f"This recipe needs {_gib(plan.total_bytes)} (predicted); {where} has {_gib(free)} free.{taken}",
         "  " + " | ".join(f"{n} {size / GIB:.1f}" for n, size in grouped.items() if size),

@@ -77,6 +77,11 @@ class Layout:
             rows = [[i] for i in sorted(range(len(lengths)), key=lambda i: -lengths[i])]
         return [rows[i : i + self.sequences] for i in range(0, len(rows), self.sequences)]
 
+    def shape(self, batch: Sequence[Sequence[int]], lengths: Sequence[int]) -> tuple[int, int]:
+        """(B, T) of one of :meth:`micro_batches`, before T is padded to a multiple."""
+        widths = [sum(lengths[i] for i in one) for one in batch]
+        return (1, sum(widths)) if self.flat else (len(batch), max(widths))
+
     def fill(self, steps: Iterable[Sequence[int]], multiple: int = 1) -> dict[str, float]:
         """What the layout makes of the row lengths of some steps.
 
@@ -90,11 +95,9 @@ class Layout:
             tokens += sum(lengths)
             for batch in self.micro_batches(lengths):
                 passes += 1
-                sums = [sum(lengths[i] for i in one) for one in batch]
                 room += len(batch) * self.max_length
-                width = sum(sums) if self.flat else max(sums)
-                padded = math.ceil(width / multiple) * multiple
-                computed += padded if self.flat else padded * len(batch)
+                sequences, width = self.shape(batch, lengths)
+                computed += sequences * math.ceil(width / multiple) * multiple
         return {
             "fill": round(tokens / max(room, 1), 4),
             "useful": round(tokens / max(computed, 1), 4),

@@ -8,7 +8,7 @@ torch 2.13.)
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -41,23 +41,26 @@ _OF_PARAMS4BIT = (
 )
 
 
+Make = Callable[[torch.Tensor], torch.Tensor]  # a tensor of this shape and dtype
+
+
 def build(
     config: Any,
     recipe: Recipe,
     dtype: torch.dtype,
     attention: str,
-    mode: FakeTensorMode,
+    make: Make,
     *,
     as_on_card: bool,
 ) -> Any:
-    """The model of ``config`` as the loader and the adapter would leave it, on fake tensors of ``mode``.
+    """The model of ``config`` as the loader and the adapter would leave it, with tensors that are made.
 
     Args:
         config: A transformers configuration.
         recipe: Its ``quant``, ``lora`` and ``train.activation_checkpointing`` are obeyed.
         dtype: Of what is not quantized, and of the 4-bit products.
         attention: An implementation that transformers knows.
-        mode: Whose tensors.
+        make: What gives a tensor's stand-in; see :func:`fakes_of`.
         as_on_card: Follow the libraries' paths for CUDA where they ask for the device.
 
     Raises:
@@ -79,8 +82,18 @@ def build(
             for name, child in module.named_children():
                 if isinstance(child, nn.Dropout):
                     setattr(module, name, CardDropout(child.p))
-    _replace(model, mode)
+    _replace(model, make)
     return model.train()
+
+
+def fakes_of(mode: FakeTensorMode) -> Make:
+    """Fake tensors of this mode, which claim to be on a CPU."""
+
+    def fake(tensor: torch.Tensor) -> torch.Tensor:
+        with mode:
+            return torch.empty(tensor.shape, dtype=tensor.dtype)
+
+    return fake
 
 
 class CardDropout(nn.Module):
@@ -160,14 +173,13 @@ def _quantize(base: Any, double_quant: bool, dtype: torch.dtype) -> None:
     base.is_loaded_in_4bit = True  # what peft looks for
 
 
-def _replace(model: nn.Module, mode: FakeTensorMode) -> None:
-    """Put a fake tensor in the place of every parameter, buffer and quantization state."""
+def _replace(model: nn.Module, make: Make) -> None:
+    """Put another tensor in the place of every parameter, buffer and quantization state."""
     made: dict[int, torch.Tensor] = {}
 
-    def fake(tensor: torch.Tensor) -> torch.Tensor:
+    def stand_in(tensor: torch.Tensor) -> torch.Tensor:
         if id(tensor) not in made:  # tied weights stay tied
-            with mode:
-                empty = torch.empty(tensor.shape, dtype=tensor.dtype)
+            empty = make(tensor)
             new: Any = empty
             if isinstance(tensor, nn.Parameter):
                 # A plain parameter: Params4bit cannot wrap a fake tensor, and nothing needs it to.
@@ -176,7 +188,7 @@ def _replace(model: nn.Module, mode: FakeTensorMode) -> None:
                     if hasattr(tensor, name):
                         setattr(new, name, getattr(tensor, name))
                 if (state := getattr(tensor, "quant_state", None)) is not None:
-                    _replace_state(state, fake)
+                    _replace_state(state, stand_in)
                     new.quant_state = state
             made[id(tensor)] = new
         return made[id(tensor)]
@@ -186,15 +198,15 @@ def _replace(model: nn.Module, mode: FakeTensorMode) -> None:
         for held in (module._parameters, module._buffers):
             for name, tensor in held.items():
                 if tensor is not None:
-                    held[name] = fake(tensor)  # type: ignore[assignment]
+                    held[name] = stand_in(tensor)  # type: ignore[assignment]
     del kept  # until here no id could be given away twice
 
 
-def _replace_state(state: Any, fake: Any) -> None:
+def _replace_state(state: Any, stand_in: Make) -> None:
     for holder in (state, state.state2):
         for name in ("absmax", "code", "offset"):
             if holder is not None and getattr(holder, name, None) is not None:
-                setattr(holder, name, fake(getattr(holder, name)))
+                setattr(holder, name, stand_in(getattr(holder, name)))
 
 
 def _state_tensors(state: Any) -> Iterator[torch.Tensor]:

@@ -109,12 +109,14 @@ class Sheet:
             "traced": self.traced,
         }
 
-    def lines(self) -> list[str]:
-        """The sheet, a line each."""
+    def __str__(self) -> str:
+        return "\n".join(self._lines())
+
+    def _lines(self) -> list[str]:
         plan, train, data = self.plan, self.recipe.train, self.recipe.data
         terms = _split_scales(plan.terms, self.shape, self.recipe)
         said = [
-            f"{self.recipe.model.name} ({self.shape.parameters / 1e9:.2f} B) on {self.card.name}: "
+            f"{self.recipe.model.name} ({_count(self.shape.parameters)}) on {self.card.name}: "
             f"{_gib(self.card.free_bytes)} free",
             f"{plan.dtype}, {plan.optimizer}, {train.per_device_train_batch_size} x "
             f"{data.max_length:,} tokens a pass, {self._recomputed()}",
@@ -124,6 +126,8 @@ class Sheet:
             self._verdict(),
         ]
         said += [f"note: {note}" for note in plan.notes]
+        if not self.shape.known:
+            said.append("note: no family that the quick plan knows, so its step was traced")
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
         said.append(self._reach())
         said.append(self._speed())
@@ -134,6 +138,7 @@ class Sheet:
         return said
 
     def _recomputed(self) -> str:
+        """How many layers are, and where their inputs wait."""
         again = speed.checkpointed_layers(self.recipe, self.shape)
         offloaded = ", inputs offloaded" if self.recipe.train.activation_offload else ""
         return f"{again} of {self.shape.layers} layers computed again{offloaded}"
@@ -154,14 +159,14 @@ class Sheet:
         return f"with these settings: max_length to {self.longest:,}{many if self.rows else ''}"
 
     def _speed(self) -> str:
-        gflop = speed.flops_per_token(self.recipe, self.shape) / 1e9
+        work = f"{speed.flops_per_token(self.recipe, self.shape) / 1e9:,.3g} GFLOP a token"
         if self.measured is None:
             return (
-                f"{gflop:.1f} GFLOP a token; no time is predicted: nothing was measured on this card yet, "
+                f"{work}; no time is predicted: nothing was measured on this card yet, "
                 "the first run on it does"
             )
         return (
-            f"{gflop:.1f} GFLOP a token: about {self.tokens_per_second:,.0f} tokens/s, "
+            f"{work}: about {self.tokens_per_second:,.0f} tokens/s, "
             f"{self.step_seconds:,.1f} s a step of full rows (predicted from {self.measured.model} on "
             f"{self.measured.date}: {self.measured.tokens_per_second:,.0f} tokens/s)"
         )
@@ -246,6 +251,14 @@ def _table(terms: dict[str, int], traced: dict[str, Any] | None) -> list[str]:
             f"  {word:<26}{size / GIB:>10.3f}{beside}" + (" GiB" if name == "total" else "")
         )
     return lines
+
+
+def _count(parameters: int) -> str:
+    """
+    >>> _count(8_030_261_248), _count(3_012_345)
+    ('8.03 B', '3.0 M')
+    """
+    return f"{parameters / 1e9:.2f} B" if parameters >= 5e7 else f"{parameters / 1e6:.1f} M"
 
 
 def _gib(size: int) -> str:

@@ -34,7 +34,9 @@ def trace(recipe: Recipe, config: Any, card: Card, attention: str = "sdpa") -> M
     dtype = getattr(torch, cards.compute_dtype(recipe, card))
     if attention == "flash_attention_2":
         attention = phantom.unmasked_attention()
-    model = phantom.build(config, recipe, dtype, attention, mode, as_on_card=card.kind == "cuda")
+    model = phantom.build(
+        config, recipe, dtype, attention, phantom.fakes_of(mode), as_on_card=card.kind == "cuda"
+    )
     with mode:
         return step(model, batch(recipe, attention), recipe, card)
 
@@ -55,8 +57,8 @@ def step(model: Any, inputs: dict[str, Any], recipe: Recipe, card: Card) -> Memo
     """Follow the memory of one micro-batch of a model, on real tensors or on fake ones.
 
     Returns:
-        The tracer, with ``base_nf4``, ``scales``, ``unquantized``, ``adapters``, ``gradients``, ``optimizer``,
-        ``activations``, ``working_set`` and ``logits`` at the peak.
+        The tracer, with ``base_nf4``, ``scales``, ``unquantized``, ``adapters``, ``gradients``,
+        ``optimizer``, ``activations``, ``working_set`` and ``logits`` at the peak.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     tracer = MemoryTracer(scale_copies=2 if card.kind == "cuda" else 1)

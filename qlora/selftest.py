@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qlora import adapter, data, hardware, loader, memory, packing, sft, tokenizer, trainer
+from qlora import adapter, data, fitting, hardware, loader, memory, packing, sft, tokenizer, trainer
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import DataError, DoesNotFit, SelfTestFailed
@@ -51,13 +51,15 @@ def examine(recipe: Recipe, console: Console) -> Report:
     card = hardware.card()
     config = loader.read_config(recipe)
     shape = Shape.from_config(config.values)
-    plan = memory.plan(recipe, shape, card)
-    memory.require_fit(plan)
     sft.require_known_fields(recipe)
+    fitted = fitting.fit(recipe, shape, card)
+    recipe, plan = fitted.recipe, fitted.plan
     tok, _ = tokenizer.load(recipe, config.commit)
     prepared = data.prepare(recipe, tok, config.vocab_size, screen.track)
     prepared, notes = _chosen(prepared)
     base = loader.load_base(recipe, card, config, bars=screen.live)
+    for note in base.notes:
+        screen.say("base", note)
     fresh = trainer.new_tokens(base.model, recipe, prepared, screen)
     model = adapter.attach(base.model, _variant(recipe, REFERENCE), fresh)
     randomise_b(model, recipe.train.seed)
@@ -210,12 +212,7 @@ class Bench:
 
     def _trainer(self, case: Case, layout: Layout, run: Run) -> sft.RowTrainer:
         base = self.model.get_base_model()
-        if case.checkpointing or self.always_checkpointing:
-            base.activation_checkpointing_enable(
-                activation_checkpointing_kwargs={"use_reentrant": False}
-            )
-        else:
-            base.activation_checkpointing_disable()
+        adapter.checkpoint_layers(base, case.checkpointing or self.always_checkpointing)
         return sft.build(
             _variant(self.recipe, case), run, self.card, self.model, self.tok, self.prepared, layout,
             observers=(), callbacks=(),

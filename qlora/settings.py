@@ -24,6 +24,7 @@ def _as_sources(value: object) -> object:
     return (value,) if isinstance(value, str | dict | BaseModel) else _as_tuple(value)
 
 
+NotNegative = Annotated[int, Field(ge=0)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
 
@@ -62,6 +63,10 @@ class Quant(_Section):
         "auto",
         description="auto: bfloat16 from compute capability 8, float16 on older cards (T4), "
         "float32 on a CPU.",
+    )
+    cache: bool = Field(
+        True,
+        description="Keep the quantized base on disk: the next start reads about a third of the bytes.",
     )
 
 
@@ -229,8 +234,26 @@ class Train(_Section):
         description="auto: paged_adamw_8bit on CUDA, adamw_torch on a CPU; or any optim of "
         "transformers.",
     )
-    activation_checkpointing: bool = Field(
-        True, description="Recompute activations in the backward pass: a third slower, far smaller."
+    activation_checkpointing: bool | NotNegative = Field(
+        True,
+        description="Recompute activations in the backward pass: a third slower, far smaller. A number: "
+        "only in so many layers, counted from the first.",
+    )
+    activation_offload: bool = Field(
+        False,
+        description="Keep the inputs of recomputed layers in the host's memory; needs "
+        "activation_checkpointing: true.",
+    )
+    fit: Literal["as_written", "auto"] = Field(
+        "as_written",
+        description="auto: micro-batch, accumulation, activation_checkpointing, activation_offload and "
+        "paging of the optimizer are chosen for the card, for the least arithmetic that fits; the rows of "
+        "an optimizer step stay the same. as_written: what does not fit is refused.",
+    )
+    rehearse: Literal["auto", True, False] = Field(
+        "auto",
+        description="Before the first step, take the largest step of the data without keeping it: memory "
+        "runs out in the first seconds or not at all. auto: on CUDA.",
     )
     seed: int = Field(42, ge=0, description="Adapter initialisation, data order, dropout.")
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
@@ -244,6 +267,15 @@ class Train(_Section):
     sft_config: dict[str, Any] = Field(
         {}, description="Any other field of TRL's SFTConfig, by its own name."
     )
+
+    @model_validator(mode="after")
+    def _offload_needs_checkpointing(self) -> Self:
+        if self.activation_offload and self.activation_checkpointing is not True:
+            raise ValueError(
+                "train.activation_offload keeps the inputs of recomputed layers in the host's memory, but "
+                f"train.activation_checkpointing is {self.activation_checkpointing}. Write true"
+            )
+        return self
 
 
 class Run(_Section):
@@ -274,6 +306,7 @@ class Eval(_Section):
 SFT_CONFIG_OWNED: dict[str, str] = {
     **{name: f"train.{name}" for name in Train.model_fields if name != "sft_config"},
     "gradient_checkpointing": "train.activation_checkpointing",
+    "activation_offloading": "train.activation_offload",
     "gradient_checkpointing_kwargs": "train.activation_checkpointing",
     "activation_checkpointing_kwargs": "train.activation_checkpointing",
     "max_length": "data.max_length",

@@ -10,7 +10,9 @@ import dataclasses
 import difflib
 import importlib.metadata
 import math
-from collections.abc import Sequence
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any, Protocol
 
 import torch
@@ -19,11 +21,13 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
+from trl.trainer.utils import add_fused_lm_head
 
 from qlora import adapter, cards
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import RecipeError
+from qlora.offload import InputsOnHost
 from qlora.packing import Collator, Layout
 from qlora.rendering import IGNORED
 from qlora.rundir import Run
@@ -31,9 +35,9 @@ from qlora.settings import Recipe
 
 
 class Observer(Protocol):
-    """Told of every micro-batch that trains."""
+    """Told of every micro-batch that trains: its rows, and its tokens without padding and with it."""
 
-    def saw(self, rows: list[int], tokens: int, loss: torch.Tensor) -> None: ...
+    def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None: ...
 
 
 class RowTrainer(SFTTrainer):
@@ -45,6 +49,7 @@ class RowTrainer(SFTTrainer):
     """
 
     observers: Sequence[Observer] = ()
+    offloads = False  # of the inputs of recomputed layers
     _held_out_sums: list[tuple[float, int]]
 
     def training_step(
@@ -61,7 +66,7 @@ class RowTrainer(SFTTrainer):
         ):
             loss = super().training_step(model, batch, inputs["supervised"])
             for observer in self.observers:
-                observer.saw(rows, tokens, loss)
+                observer.saw(rows, tokens, batch["input_ids"].numel(), loss)
             losses.append(loss)
         return torch.stack(losses).sum()
 
@@ -110,28 +115,85 @@ class RowTrainer(SFTTrainer):
         The fused loss saves a card's memory by computing the head twice. A CPU has the memory and not
         the time: the step of a small model is a third shorter this way. Where rows of the head train,
         the logits are materialized too: TRL 1.16 reads ``lm_head.weight``, which in peft 0.21 is the
-        frozen one.
+        frozen one. TRL's own entropy and accuracy are left out: they read the device three times a
+        micro-batch, and so wait for it.
         """
         usual = self.args.loss_type == "nll" and not self.aux_loss_enabled
         usual = usual and self.label_smoother is None  # TRL's own path knows it
         plain = self.args.use_cpu or adapter.trains_tokens(self.model)
-        if not (plain and usual) or return_outputs:
+        if not usual or return_outputs:
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
-        labels = inputs.pop("labels")[:, 1:].flatten()
-        logits = model(**inputs, use_cache=False).logits[:, :-1].flatten(0, 1)
-        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
-        supervised = (labels != IGNORED).sum() if num_items_in_batch is None else num_items_in_batch
-        return total / torch.as_tensor(supervised).clamp(min=1)
+        supervised = num_items_in_batch
+        if supervised is None:
+            supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
+        away = self.offloads and model.training and torch.is_grad_enabled()
+        with InputsOnHost() if away else nullcontext():
+            return loss_of(model, inputs, supervised, materialize=plain)
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         adapter.restore_dtype(self.model)
         adapter.assert_census(self.model)
         return super().create_optimizer(*args, **kwargs)
 
+    def spare_optimizer(self) -> Any:
+        """Another optimizer as the recipe's, over the same weights, to be thrown away.
+
+        Never a paged one: bitsandbytes 0.50 does not free managed memory, so its pages would stay for the
+        rest of the run. The unpaged variant keeps the same bytes in the card's own memory.
+        """
+        kept = self.optimizer, self.optimizer_cls_and_kwargs
+        kind, settings = kept[1] or self.get_optimizer_cls_and_kwargs(self.args, self.model)
+        if settings.get("is_paged"):
+            settings = settings | {"is_paged": False}
+        self.optimizer, self.optimizer_cls_and_kwargs = None, (kind, settings)
+        try:
+            return super().create_optimizer()
+        finally:
+            self.optimizer, self.optimizer_cls_and_kwargs = kept
+
+    @contextmanager
+    def unnoticed(self) -> Iterator[None]:
+        """What is computed in this block is told to no observer and enters no metric."""
+        kept = self.observers, self._metrics, self._total_train_tokens
+        self.observers = ()
+        self._metrics = {mode: defaultdict(list) for mode in self._metrics}  # TRL's own
+        self._held_out_sums = []
+        try:
+            yield
+        finally:
+            self.observers, self._metrics, self._total_train_tokens = kept
+
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return _total_steps(self.args, len(self.train_dataset))
+
+
+def loss_of(
+    model: Any, inputs: dict[str, Any], supervised: int | torch.Tensor, *, materialize: bool
+) -> torch.Tensor:
+    """The summed loss of a micro-batch over the supervised tokens of its step.
+
+    Args:
+        model: With TRL's fused head on its base, unless the logits are materialized.
+        inputs: What :class:`qlora.packing.Collator` laid out, labels included; left as it is.
+        supervised: Tokens to divide by.
+        materialize: Hold the logits, rather than project them tile by tile and once more in the
+            backward pass.
+    """
+    if materialize:
+        asked = {key: value for key, value in inputs.items() if key != "labels"}
+        labels = inputs["labels"][:, 1:].flatten()
+        logits = model(**asked, use_cache=False).logits[:, :-1].flatten(0, 1)
+        total = functional.cross_entropy(logits.float(), labels, reduction="sum")
+    else:
+        total = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+    return total / torch.as_tensor(supervised).clamp(min=1)
+
+
+def fuse_head(base: Any) -> None:
+    """Give a base the fused head that TRL's constructor gives it."""
+    add_fused_lm_head(base, outputs=("log_probs",))
 
 
 def build(
@@ -158,6 +220,7 @@ def build(
     )
     trainer.remove_callback(PrinterCallback)
     trainer.observers = observers
+    trainer.offloads = recipe.train.activation_offload
     adapter.restore_dtype(model)
     return trainer
 

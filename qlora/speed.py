@@ -37,7 +37,7 @@ class Measured:
 def checkpointed_layers(recipe: Recipe, shape: Shape) -> int:
     """How many layers, counted from the first, compute their activations again."""
     asked = recipe.train.activation_checkpointing
-    return min(shape.layers, asked) if asked is not True else shape.layers
+    return shape.layers if asked is True else min(shape.layers, int(asked))
 
 
 def flops_per_token(recipe: Recipe, shape: Shape) -> float:

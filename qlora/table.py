@@ -155,6 +155,7 @@ def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path
         folder.parent.mkdir(parents=True, exist_ok=True)
         with rundir.writing_aside(folder) as aside:
             build(aside)
+            rundir.seal(aside)  # for `qlora cache verify`; a start does not hash the rows
     except OSError as error:
         if not folder.is_dir():  # else another process was faster with the same
             raise DataError(

@@ -25,27 +25,33 @@ from qlora import (
     adapter,
     cards,
     data,
+    dress,
     evaluation,
+    fitting,
     hardware,
     loader,
     memory,
     packing,
+    rehearsal,
     rundir,
     sft,
+    speed,
     tokenizer,
     tracking,
 )
 from qlora.callbacks import AfterSave, StopOnNonFinite, TrackedProgress
 from qlora.cards import Card
 from qlora.data import Prepared
-from qlora.errors import CheckpointError, DoesNotFit, Interrupted
+from qlora.errors import CheckpointError, DoesNotFit, Interrupted, RecipeError
 from qlora.evaluation import Answered
+from qlora.fitting import Fitted
 from qlora.recipe import load_recipe
 from qlora.rundir import Run
 from qlora.screen import GIB, Screen, duration
 from qlora.settings import Recipe
 from qlora.shape import Shape
 
+SPEED_STEPS = 5  # fewer steps say nothing of a card's speed
 RECORDED_PACKAGES = (
     "torch", "transformers", "trl", "peft", "bitsandbytes", "accelerate", "datasets",
     "tokenizers", "safetensors",
@@ -74,14 +80,17 @@ def train(
     screen = Screen(console or Console())
     card = hardware.card()
     config = loader.read_config(recipe)
-    plan = memory.plan(recipe, Shape.from_config(config.values), card)
-    memory.require_fit(plan)
+    shape = Shape.from_config(config.values)
     sft.require_known_fields(recipe)
+    written, fitted = recipe, _fitted(recipe, shape, card, resume)
+    recipe, plan = fitted.recipe, fitted.plan  # with what train.fit: auto chose
     dtype = cards.compute_dtype(recipe, card)
     screen.say("card", f"{card.name}, {card.free_bytes / GIB:.1f} GiB free, computes in {dtype}")
     screen.say("plan", f"{plan.total_bytes / GIB:.2f} GiB of tensors predicted")
+    for reason in fitted.reasons:
+        screen.say("fit", reason)
 
-    run, checkpoint = _claim(recipe, resume)
+    run, checkpoint = _claim(written, resume)
     try:
         tok, pad_note = tokenizer.load(recipe, config.commit)
         prepared = data.prepare(recipe, tok, config.vocab_size, screen.track)
@@ -91,12 +100,15 @@ def train(
         screen.say(
             "base",
             f"{base.facts['architecture']}: {base.facts['quantized_linears']} linears in 4 bits, "
-            f"{base.facts['footprint_bytes'] / 2**20:,.1f} MiB, {base.facts['attention']} attention",
+            f"{base.facts['footprint_bytes'] / 2**20:,.1f} MiB, {base.facts['attention']} attention"
+            + (" (quantized before, from the cache)" if base.facts["from_cache"] else ""),
         )
+        for note in base.notes:
+            screen.say("base", note)
         model = adapter.attach(base.model, recipe, new_tokens(base.model, recipe, prepared, screen))
         counts = adapter.count(model)
         screen.say("adapter", str(counts))
-        _record(run, recipe, plan, card, prepared, base.facts)
+        _record(run, written, fitted, card, prepared, base.facts)
         layout, note = packing.choose(
             recipe, model, prepared.train[:3]["input_ids"], base.facts["attention"]
         )
@@ -119,11 +131,15 @@ def train(
             recipe, run, card, model, tok, prepared, layout,
             observers=[watcher, progress], callbacks=[watcher, progress, AfterSave(after_save)],
         )  # fmt: skip
+        stage = dress.DressRehearsal(trainer, recipe, plan, card, run, screen)
+        if dress.is_wanted(recipe, card):
+            trainer.add_callback(stage)
     except BaseException:
         if checkpoint is None:
             shutil.rmtree(run.dir, ignore_errors=True)
         raise
 
+    unborn = False  # nothing worth keeping was done yet
     try:
         digest = adapter.base_digest(model)
         before = _measure(trainer, model, prepared, recipe, screen, "before")
@@ -139,6 +155,7 @@ def train(
             adapter.save(model, folder, recipe.model.name)
             tok.save_pretrained(folder)
         alive.update(adapter.verify_alive(model, run.adapter, _probe(prepared, card)))
+        progress.timeline.between()
         result = {
             "recipe": recipe.run.name,
             "steps": outcome.global_step,
@@ -153,17 +170,47 @@ def train(
             "train_seconds": round(progress.train_seconds, 2),
             "total_seconds": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": hardware.memory_in_use(card)[1],
+            "peak_step": progress.timeline.peak_step,
+            "peak_tokens": progress.timeline.peak_tokens,
             "predicted_memory_bytes": plan.total_bytes,
+            "rehearsed_memory_bytes": stage.found and stage.found.measured_bytes,
         }
         rundir.write_json(run.dir / "result.json", result)
-    except torch.OutOfMemoryError:
+        if progress.steps >= SPEED_STEPS:
+            rate = progress.tokens / progress.train_seconds
+            speed.remember(card, dtype, recipe, shape, rate, time.strftime("%Y-%m-%d"))
+    except (DoesNotFit, RecipeError):  # of the rehearsal
+        unborn = checkpoint is None and not progress.steps
+        raise
+    except (RuntimeError, MemoryError) as error:
+        if not hardware.ran_out_of_memory(error):
+            raise
         raise DoesNotFit(memory.explain_out_of_memory(plan)) from None
     except KeyboardInterrupt:
-        raise Interrupted(_last_words(run, recipe)) from None
+        raise Interrupted(_last_words(run)) from None
     finally:
         tracker.finish()
+        if unborn:
+            shutil.rmtree(run.dir, ignore_errors=True)
     _tell_result(screen, run, recipe, result, before, after)
     return run
+
+
+def _fitted(recipe: Recipe, shape: Shape, card: Card, resume: str | Path | None) -> Fitted:
+    """The settings that run, with their plan; a family that the quick plan does not know is traced."""
+    if resume is None:
+        fitted = fitting.fit(recipe, shape, card)
+    else:
+        stored = rundir.open_run(resume).dir / "plan.json"
+        fitted = fitting.again(
+            recipe, shape, card, rundir.read_json(stored) if stored.is_file() else {}
+        )
+    if not shape.known and card.kind == "cuda":
+        traced = rehearsal.exact(fitted.recipe, card, fitted.plan)
+        plan = dataclasses.replace(fitted.plan, terms=traced["terms"])
+        memory.require_fit(plan)
+        fitted = dataclasses.replace(fitted, plan=plan)
+    return fitted
 
 
 def _claim(recipe: Recipe, resume: str | Path | None) -> tuple[Run, Path | None]:
@@ -193,10 +240,10 @@ def _claim(recipe: Recipe, resume: str | Path | None) -> tuple[Run, Path | None]
 
 
 def _record(
-    run: Run, recipe: Recipe, plan: Any, card: Card, prepared: Prepared, facts: dict[str, Any]
+    run: Run, recipe: Recipe, fitted: Fitted, card: Card, prepared: Prepared, facts: dict[str, Any]
 ) -> None:
     rundir.write_text(run.recipe_file, recipe.dump())
-    rundir.write_json(run.dir / "plan.json", plan.to_json())
+    rundir.write_json(run.dir / "plan.json", fitted.to_json())
     rundir.write_json(run.dir / "data.json", prepared.ledger.to_json())
     if prepared.rejected is not None:
         shutil.copy(prepared.rejected, run.dir / "rejected.jsonl")
@@ -285,7 +332,7 @@ def _probe(prepared: Prepared, card: Card) -> torch.Tensor:
     return torch.tensor([prepared.train[0]["input_ids"][:256]], device=hardware.device(card))
 
 
-def _last_words(run: Run, recipe: Recipe) -> str:
+def _last_words(run: Run) -> str:
     checkpoint = rundir.newest_complete(run)
     if checkpoint is None:
         return f"Stopped before the first checkpoint. Metrics so far are in {run.dir}."

@@ -12,7 +12,9 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import resource
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -27,12 +29,12 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
     "mistral": ((2560, 6912, 24, 32, 8, 80), (3072, 9216, 26, 24, 8, 128), (4096, 14336, 32, 32, 8, 128)),
     "qwen2": ((1536, 8960, 28, 12, 2, 128), (2048, 11008, 36, 16, 2, 128), (3584, 18944, 28, 28, 4, 128)),
     "qwen3": ((2048, 6144, 28, 16, 8, 128), (2560, 9728, 36, 32, 8, 128), (4096, 12288, 36, 32, 8, 128)),
-    "gemma3_text": ((1152, 6912, 26, 4, 1, 256), (2560, 10240, 34, 8, 4, 256), (3840, 15360, 48, 16, 8, 256)),
+    "gemma3_text": ((1152, 6912, 26, 4, 1, 256), (2560, 10240, 34, 8, 4, 256), (3840, 15360, 48, 16, 8, 256)),  # noqa: E501
     "phi3": ((2048, 8192, 24, 32, 8, 64), (3072, 8192, 32, 24, 8, 128), (5120, 17920, 40, 40, 10, 128)),
     "smollm3": ((1024, 4096, 24, 16, 4, 64), (2048, 11008, 36, 16, 4, 128), (4096, 14336, 32, 32, 8, 128)),
 }  # fmt: skip
 LENGTHS, RANKS, VOCABULARIES = (512, 2048, 8192), (16, 64), (32_000, 151_936)
-CARD = "A100-80GB"
+CARD, LLAMA = "A100-80GB", "meta-llama/Llama-3.1-8B-Instruct"
 
 
 def recipe_of(length: int, r: int, checkpointing: bool) -> Any:
@@ -119,6 +121,43 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"quick_by_traced": round(quick / found["traced_bytes"], 4)}
 
 
+def straight(family: str) -> dict[str, Any]:
+    """One model of a family traced in full, by the line through two and four layers."""
+    size = SIZES[family][1]
+    ratios = {}
+    for checkpointing in (True, False):
+        recipe = recipe_of(2048, 16, checkpointing)
+        two, four, whole = (
+            traced(config_of(family, size, VOCABULARIES[0], layers), recipe)
+            for layers in (2, 4, size[2])
+        )
+        full = max(sum(peak.values()) for peak in whole.values())
+        line = sum(highest(two, four, size[2]).values())
+        ratios["recomputed" if checkpointing else "kept"] = round(line / full, 5)
+    return {"family": family, "line_by_full": ratios}
+
+
+def processes() -> dict[str, Any]:
+    """Whole processes on the configuration of Llama-3.1-8B: seconds of both plans, RSS of the exact one."""
+    sys.path.append(str(ROOT / "tests"))
+    from shapes import CONFIGS
+
+    with tempfile.TemporaryDirectory() as folder:
+        model = Path(folder) / "model"
+        model.mkdir()
+        (model / "config.json").write_text(json.dumps(CONFIGS[LLAMA]), encoding="utf-8")
+        asked = ["plan", "quickstart", f"model.name={model}", "data.max_length=2048", "--card=24GB"]
+        command = [*measure.qlora_command(), *asked]
+        quick = [measure.timed(command).seconds for _ in range(5)]
+        exact = measure.timed([*command, "--exact"]).seconds
+        highest_kib = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+    return {
+        "quick_seconds": round(sorted(quick)[2], 2),
+        "exact_seconds": round(exact, 1),
+        "exact_rss_gib": round(highest_kib / 2**20, 2),
+    }
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="The quick plan beside the traced one.")
     made.add_argument("--only", nargs="+", metavar="FAMILY", choices=SIZES, help="these alone")
@@ -130,7 +169,8 @@ def parser() -> argparse.ArgumentParser:
 def main() -> None:
     arguments = parser().parse_args()
     if arguments.again:
-        cells = [judged(c) for c in json.loads(arguments.again.read_text())["cells"]]
+        earlier = json.loads(arguments.again.read_text(encoding="utf-8"))
+        cells = [judged(c) for c in earlier["cells"]]
     else:
         cells, began = [], time.monotonic()
         asked = [
@@ -145,6 +185,11 @@ def main() -> None:
             left = (time.monotonic() - began) / done * (len(asked) - done)
             print(f"\r{done}/{len(asked)}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
         print(file=sys.stderr)
+    if arguments.again:
+        more = {key: earlier[key] for key in ("lines", "processes") if key in earlier}
+    else:
+        families = dict.fromkeys(c["family"] for c in cells)
+        more = {"lines": [straight(family) for family in families], "processes": processes()}
     rows = []
     for family in dict.fromkeys(c["family"] for c in cells):
         ratios = [c["quick_by_traced"] for c in cells if c["family"] == family]
@@ -152,9 +197,11 @@ def main() -> None:
         rows.append(
             (family, str(len(ratios)), f"{min(ratios):.3f}", f"{max(ratios):.3f}", str(far))
         )
-    result = {**measure.circumstances(), "card": CARD, "cells": cells}
+    result = {**measure.circumstances(), "card": CARD, **more, "cells": cells}
     measure.report(result, arguments.json or ROOT / "tests" / "measurements" / "plan-grid.json")
     print(measure.table(("family", "cells", "lowest", "highest", "off by over 3 %"), rows))
+    if more:
+        print(more["processes"], [line["line_by_full"] for line in more["lines"]])
 
 
 if __name__ == "__main__":

@@ -61,6 +61,7 @@ def overrides(steps: int, base: Path | None) -> list[str]:
         "data.held_out=null",
         "data.held_out_fraction=0",
         "run.name=bench",
+        "quant.cache=false",
     ]
     return asked if base is None else [*asked, f"model.name={base.resolve()}"]
 

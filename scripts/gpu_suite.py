@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_plan
 import measure
 from measure import ROOT
 
@@ -55,7 +56,11 @@ HELD_TO_CARD = (
 
 
 class CheckFailed(AssertionError):
-    """A promise that the card did not keep; the text says what was found."""
+    """A promise that the card did not keep; the text says what was found, ``measured`` all figures."""
+
+    def __init__(self, text: str, measured: dict[str, Any] | None = None) -> None:
+        super().__init__(text)
+        self.measured = measured
 
 
 class CannotCheck(Exception):
@@ -320,7 +325,7 @@ def nf4_load(site: Site) -> dict[str, Any]:
     found = {}
     for name in (LLAMA_1B, LLAMA_8B):
         folder = random_model(site, name)
-        recipe = load_recipe("quickstart", [f"model.name={folder}"])
+        recipe = load_recipe("quickstart", [f"model.name={folder}", "quant.cache=false"])
         config, card = loader.read_config(recipe), hardware.card()
         free_memory()
         already = torch.cuda.memory_allocated() if card.kind == "cuda" else 0
@@ -509,7 +514,7 @@ def recipe_on_card(site: Site, name: str) -> dict[str, Any]:
         "eval.generate=0", f"train.max_steps={steps}", "train.save_steps=1000",
         f"train.gradient_accumulation_steps={accumulate}", "train.logging_steps=1",
         "train.eval_steps=null", f"quant.compute_dtype={asked_dtype}",
-        f"run.dir={site.work}", f"run.name={name}",
+        "quant.cache=false", f"run.dir={site.work}", f"run.name={name}",
     ]  # fmt: skip
     recipe = load_recipe(str(ROOT / "recipes" / f"{name}.yaml"), overrides)
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -587,6 +592,22 @@ def _predicted(plan: Any) -> int:
     return sum(size for term, size in plan.terms.items() if term != "overhead")
 
 
+def plan_by_measured(site: Site) -> dict[str, Any]:
+    """Planned bytes are the allocated within 3 % and the reserved within 8 %, for 1B, 3B, 8B and 14B."""
+    found = gpu_plan.plan_by_measured(site.small)
+    if found["off"]:  # what was measured is kept, better or worse than hoped
+        raise CheckFailed("; ".join(found["off"]), found)
+    return found
+
+
+def plan_verdicts(site: Site) -> dict[str, Any]:
+    """In the memory of 8, 12, 16 and 24 GB what is planned to fit runs, and nothing else does."""
+    found = gpu_plan.verdicts(site.small)
+    if found["off"]:  # what was measured is kept, better or worse than hoped
+        raise CheckFailed("; ".join(found["off"]), found)
+    return found
+
+
 def beside_plain(site: Site) -> dict[str, Any]:
     """Wall time and losses beside plain TRL, on the embedded base and at a real shape."""
     import bench_train
@@ -621,6 +642,8 @@ CHECKS: tuple[Check, ...] = (
     Check("fp16", fp16, needs_card=True),
     Check("quickstart", whole_quickstart, needs_card=False),
     Check("nf4-load", nf4_load, needs_card=False),
+    Check("plan-by-measured", plan_by_measured, needs_card=False),
+    Check("plan-verdicts", plan_verdicts, needs_card=False),
     *(_on_card(name) for name in HELD_TO_CARD),
     Check("beside-plain", beside_plain, needs_card=False),
 )
@@ -647,6 +670,8 @@ def perform(check: Check, site: Site) -> dict[str, Any]:
         found = {"status": "skipped", "why": str(reason)}
     except CheckFailed as failure:
         found = {"status": "FAILED", "why": str(failure)}
+        if failure.measured is not None:
+            found["measured"] = failure.measured
     except Exception as error:  # noqa: BLE001 - one broken check must not cost the others
         found = {"status": "BROKEN", "why": f"{type(error).__name__}: {error}"}
     return {"name": check.name, **found, "seconds": round(time.perf_counter() - began, 1)}
@@ -671,6 +696,12 @@ def _telling(found: dict[str, Any]) -> str:
         return f"{peak:.2f} GiB allocated, predicted by that {ratio:.3f}, {speed:,.0f} tokens/s"
     if measured.get("fitted") is False:
         return "ran out of memory, as planned"
+    if "cells" in measured:
+        ratios = [
+            c["planned_by_allocated"] for c in measured["cells"] if "planned_by_allocated" in c
+        ]
+        span = f", planned by allocated {min(ratios):.3f} to {max(ratios):.3f}" if ratios else ""
+        return f"{len(measured['cells'])} steps{span}"
     if "embedded" in measured:
         shown = {n: measure.summary(m["qlora_by_plain"]["steps"]) for n, m in measured.items()}
         return ", ".join(f"{n}: {s['median']:.3f} of plain's steps" for n, s in shown.items())

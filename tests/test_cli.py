@@ -58,12 +58,12 @@ Call = Callable[..., Answer]
 def test_help_names_every_verb(qlora: Call) -> None:
     answer = qlora("--help")
     assert (answer.code, answer.err) == (0, "")
-    for verb in ("train", "init", "chat", "doctor", "recipes"):
+    for verb in ("train", "init", "chat", "doctor", "recipes", "cache"):
         assert f" {verb} " in answer.out
     assert "QLoRA" in answer.out
 
 
-@pytest.mark.parametrize("verb", ["train", "init", "chat", "doctor", "recipes"])
+@pytest.mark.parametrize("verb", ["train", "init", "chat", "doctor", "recipes", "cache"])
 def test_every_verb_explains_itself(verb: str, qlora: Call) -> None:
     answer = qlora(verb, "--help")
     assert answer.code == 0
@@ -92,6 +92,7 @@ def test_the_light_verbs_and_refusals_never_load_torch(folder: Path) -> None:
         ["recipes", "copy", "quickstart", "copied.yaml"], ["train", "mine.yaml", "lora.rank=8"],
         ["train", "quickstrat"], ["chat", "."], ["init", "rows.csv", "--model", "owner/name"],
         ["init", "rows.jsonl", "--model", "owner/name", "--card", "T4"],
+        ["cache", "list"], ["cache", "verify"], ["cache", "remove", "nothing"],
     ]  # fmt: skip
     code = f"""
 import json, sys
@@ -112,7 +113,7 @@ print(json.dumps([codes, sorted({{"torch", "transformers", "datasets"}} & set(sy
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     codes, loaded = json.loads(done.stdout.splitlines()[-1])
-    assert codes == [0] * 8 + [2] * 4 + [0]
+    assert codes == [0] * 8 + [2] * 4 + [0] * 3 + [2]
     assert loaded == []
 
 
@@ -185,6 +186,7 @@ def test_the_schema_is_one_that_checks_recipes(qlora: Call) -> None:
         (["recipes", "copy", "quickstart", "rows.jsonl/x.yaml"], ["cannot be written"]),
         (["chat", "."], ["not a run directory", "no run lies below it"]),
         (["chat", "nowhere"], ["nowhere: no such directory"]),
+        (["cache", "remove", "x"], ["'x': nothing of this name", "qlora cache list"]),
         (["init", "none.jsonl", "--model", "owner/name"], ["none.jsonl: cannot be read"]),
         (["init", "rows.pdf", "--model", "owner/name"], ["Known endings", ".jsonl"]),
         (["init", "rows.jsonl", "--model", "owner/name", "--card", "T44"], ["'T44'", "T4"]),

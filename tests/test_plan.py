@@ -148,9 +148,10 @@ def test_a_family_that_the_quick_plan_does_not_know_is_traced(folder: Path, say:
         "max_position_embeddings": 4096,
     }  # fmt: skip
     write_config(folder / "llama", novel)
-    code, out, err = say("mine.yaml", "--card", "12GB", "--json")
-    found = json.loads(out)
-    assert code == 0 and "'stablelm' is no family that the quick plan knows" in err
+    code, out, err = say("mine.yaml", "--card", "12GB")
+    assert (code, err) == (0, "")
+    assert "note: no family that the quick plan knows, so its step was traced" in out
+    found = json.loads(say("mine.yaml", "--card", "12GB", "--json")[1])
     assert found["traced"]["terms"]["base_nf4"] > 0
     assert found["traced"]["total_bytes"] == sum(found["traced"]["terms"].values())
 
@@ -159,7 +160,6 @@ def test_a_family_that_nobody_knows_is_refused(folder: Path, say: Say) -> None:
     write_config(folder / "llama", LLAMA | {"model_type": "novel"})
     code, out, err = say("mine.yaml", "--card", "12GB")
     assert (code, out) == (2, "")
-    assert "is no family that the quick plan knows" in err
     assert "cannot be loaded" in err and "novel" in err
 
 
@@ -262,3 +262,20 @@ def test_todays_quick_plan_is_within_three_percent_of_every_traced_cell() -> Non
         if abs(cell["quick_by_traced"] - 1) > 0.03
     ]
     assert not off
+
+
+def test_the_plan_is_what_cards_have_measured() -> None:
+    sys.path.insert(0, str(Path(__file__).parent.parent / "scripts"))
+    import gpu_plan
+
+    found = gpu_plan.measured_files(MEASUREMENTS)
+    if not found:
+        pytest.skip("no card has run plan-by-measured of scripts/gpu_suite.py yet")
+    for one in found:
+        for cell in one["checks"]["plan-by-measured"]["measured"]["cells"]:
+            config = gpu_plan.config_of(cell["model"])
+            recipe = gpu_plan.recipe_of(cell["length"], activation_checkpointing=cell["recomputed"])
+            card = Card(**one["card"] | {"capability": tuple(one["card"]["capability"])})
+            today = plan(recipe, Shape.from_config(config.to_dict()), card)
+            planned = sum(size for term, size in today.terms.items() if term != "overhead")
+            assert planned == pytest.approx(cell["allocated_bytes"], rel=0.03), cell

@@ -59,9 +59,9 @@ def say(monkeypatch, *words: str) -> None:
 
 def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, capsys):
     commands = [shlex.split(line)[1:] for line in SHELL if line.startswith("qlora ")]
-    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes"}
+    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes", "cache", "plan"}
     assert {words[0] for words in commands} == verbs
-    assert len(commands) == 13
+    assert len(commands) == 18
     for words in commands:
         words = [str(BASE) if word == "Qwen/Qwen3-8B" else word for word in words]
         if "--resume" in words:
@@ -101,3 +101,25 @@ def test_the_python_example_runs(desk, monkeypatch, capsys):
 def test_the_modules_named_are_those_that_exist():
     for name in ("settings", "trainer", "__init__"):
         assert (REPOSITORY / "qlora" / f"{name}.py").exists()
+
+
+def test_the_longest_sequences_are_those_that_are_planned():
+    from qlora import cards, fitting, siblings
+    from qlora.recipe import recipe_from
+
+    rows = re.search(r"<!-- longest -->\n(.*?)<!-- end -->", README, re.S)[1].splitlines()
+    names = [name.strip() for name in rows[0].strip("|").split("|")][1:]
+    shown = {
+        cells[0]: cells[1:]
+        for cells in ([c.strip() for c in r.strip("|").split("|")] for r in rows[2:])
+    }
+    assert len(shown) == 6
+    for name, cells in shown.items():
+        values = {
+            "model": {"name": name}, "data": {"train": "hub:owner/rows"}, "run": {"name": "table"},
+        }  # fmt: skip
+        for text, cell in zip(names, cells, strict=True):
+            longest = fitting.longest(
+                recipe_from(values), siblings.published()[name], cards.named_card(text)
+            )
+            assert cell == (f"{longest:,}" if longest else "-"), (name, text)

@@ -20,7 +20,8 @@ from qlora.recipe import load_recipe
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 COMMANDS = (
-    "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "gpu_suite",
+    "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "bench_load",
+    "bench_plan", "gpu_suite",
 )  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
@@ -31,6 +32,8 @@ BAD_ARGUMENTS = {
     "bench_startup": [["--rounds=0"], ["--rounds=x"], ["extra"]],
     "bench_data": [["--rows=0"], ["--tokens=20"], ["--pairs=x"], ["--num-proc=-1"]],
     "bench_quickstart": [["--threads=0"], ["--max-gib=big"], ["lora.r"]],
+    "bench_load": [["--pairs=0"], ["--base=no/such/folder"], ["--load=ours"], ["--load=theirs"]],
+    "bench_plan": [["--only", "t5"], ["--again"]],
     "gpu_suite": [["--only", "bf61"], ["--unknown"]],
 }  # fmt: skip
 BAD = [(name, bad) for name, lists in BAD_ARGUMENTS.items() for bad in lists]
@@ -113,7 +116,7 @@ def test_the_comparison_turns_off_what_the_plain_script_does_not_do(tmp_path: Pa
         1,
     )
     assert recipe.data.held_out is None and recipe.data.held_out_fraction == 0
-    assert recipe.eval.generate == 0
+    assert recipe.eval.generate == 0 and not recipe.quant.cache
     assert f"model.name={tmp_path.resolve()}" in bench.overrides(7, tmp_path)
 
 

@@ -255,6 +255,7 @@ def test_a_case_that_does_not_fit_is_not_tried_and_the_recipe_itself_must(
     recipe = recipe_for(
         data__max_length=longest,
         train__per_device_train_batch_size=1,
+        train__gradient_accumulation_steps=2,
         train__activation_checkpointing=True,
     )
     shape = Shape.from_config(loader.read_config(recipe).values)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import shutil
 from pathlib import Path
@@ -19,11 +20,13 @@ from qlora import (
     cards,
     data,
     evaluation,
+    fitting,
     generation,
     hardware,
     loader,
     rundir,
     sft,
+    speed,
     tokenizer,
     tracking,
     trainer,
@@ -38,8 +41,10 @@ from qlora.errors import (
     TrainingDiverged,
 )
 from qlora.packing import Layout
+from qlora.recipe import load_recipe
 from qlora.records import Record, Turn
 from qlora.rendering import Renderer
+from qlora.shape import Shape
 
 
 def run_it(recipe, **settings):
@@ -380,3 +385,51 @@ def test_metrics_go_to_wandb_when_asked_and_only_then(make_recipe, monkeypatch):
     ]
     run_it(make_recipe())
     assert len(started) == 1
+
+
+def test_settings_chosen_for_the_card_train_and_are_recorded(make_recipe, monkeypatch):
+    """train.fit: auto: the same rows a step, what was chosen in plan.json, the recipe as written."""
+    said = io.StringIO()
+    recipe = make_recipe(
+        train__fit="auto", train__per_device_train_batch_size=1,
+        train__gradient_accumulation_steps=4, train__activation_checkpointing=True,
+    )  # fmt: skip
+    run = trainer.train(recipe, console=Console(file=said, width=200))
+    stored = json.loads((run.dir / "plan.json").read_text())
+    assert stored["chosen"]["per_device_train_batch_size"] == 4
+    assert stored["chosen"]["activation_checkpointing"] is False
+    assert stored["reasons"] and "no layer is computed again" in said.getvalue()
+    assert load_recipe(run.recipe_file) == recipe
+    by_hand = trainer.train(make_recipe(), console=Console(quiet=True))
+    assert run.result["train_loss"] == by_hand.result["train_loss"]
+
+
+def test_a_resumed_run_goes_on_with_what_was_chosen_at_first(make_recipe, monkeypatch):
+    recipe = make_recipe(train__fit="auto", train__gradient_accumulation_steps=2)
+    run = trainer.train(recipe, console=Console(quiet=True))
+    whole = (run.adapter / "adapter_model.safetensors").read_bytes()
+    (run.dir / "result.json").unlink()
+    shutil.rmtree(run.adapter)
+    shutil.rmtree(run.checkpoints / "checkpoint-6")
+    stored = json.loads((run.dir / "plan.json").read_text())
+    seen = []
+    again = fitting.again
+    monkeypatch.setattr(fitting, "again", lambda *a: seen.append(a[-1]) or again(*a))
+    resumed = trainer.train(recipe, resume=run.dir, console=Console(quiet=True))
+    assert seen == [stored]
+    assert (resumed.adapter / "adapter_model.safetensors").read_bytes() == whole
+    kept = json.loads((run.dir / "plan.json").read_text())
+    assert kept["chosen"] == stored["chosen"]
+
+
+def test_a_run_of_five_steps_teaches_the_planner_how_fast_this_machine_is(make_recipe):
+    card = hardware.card()
+    trainer.train(make_recipe(train__max_steps=4), console=Console(quiet=True))
+    assert speed.recall(card, "float32") is None
+    recipe = make_recipe(train__max_steps=5)
+    trainer.train(recipe, console=Console(quiet=True))
+    measured = speed.recall(card, "float32")
+    assert measured is not None and measured.tokens_per_second > 0
+    shape = Shape.from_config(loader.read_config(recipe).values)
+    predicted = speed.tokens_per_second(recipe, shape, measured)
+    assert predicted == pytest.approx(measured.tokens_per_second)

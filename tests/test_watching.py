@@ -38,7 +38,7 @@ def step(watching, *losses: float, grad: float = 0.0):
     for parameter in layer.parameters():
         parameter.grad = torch.full_like(parameter, grad)
     for index, loss in enumerate(losses):
-        watching.saw([2 * index, 2 * index + 1], 10, torch.tensor(loss))
+        watching.saw([2 * index, 2 * index + 1], 10, 12, torch.tensor(loss))
     watching.on_pre_optimizer_step(None, SimpleNamespace(global_step=6), None, model=layer)
 
 
@@ -70,13 +70,15 @@ def test_without_a_terminal_progress_comes_as_lines_with_time_left(tmp_path, cpu
     state = SimpleNamespace(global_step=5, max_steps=50)
     with progress.shown(50):
         progress.on_step_begin(None, state, None)
-        progress.saw([0], 1000, torch.tensor(1.0))
+        progress.saw([0], 1000, 1024, torch.tensor(1.0))
         progress.on_step_end(None, state, None)
-        progress.on_log(None, state, None, {"loss": 2.5, "grad_norm": float("nan")})
+        logs = {"loss": 2.5, "grad_norm": float("nan")}
+        progress.on_log(None, state, None, logs, torch.nn.Linear(1, 1), None)
     said = console.export_text()
     assert "5/50  loss 2.500" in said and said.rstrip().endswith("left")
     (line,) = [json.loads(text) for text in (tmp_path / "m.jsonl").read_text().splitlines()]
     assert line["tokens"] == 1000 and line["grad_norm"] is None and line["peak_memory_bytes"] > 0
+    assert (line["peak_step"], line["peak_tokens"]) == (6, 1024)
 
 
 def test_a_terminal_gets_a_bar(tmp_path, cpu):

@@ -1,0 +1,42 @@
+"""Will it fit? A recipe and a card in, a sheet of bytes, verdict and reach out.
+
+Nothing heavy is imported for a plan on a named card: its arithmetic takes a moment. torch comes in to ask
+this machine for its card, or to trace the step.
+"""
+
+from __future__ import annotations
+
+from qlora import cards, configfile, plansheet
+from qlora.cards import Card
+from qlora.plansheet import Sheet
+from qlora.settings import Recipe
+from qlora.shape import Shape
+
+
+def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False) -> Sheet:
+    """What a recipe needs on a card, from its base's ``config.json`` alone; printed, it explains itself.
+
+    Args:
+        recipe: What would run.
+        card: A name such as ``12GB`` or ``t4``; the card of this machine by default.
+        exact: Trace the real training step on fake tensors beside the prediction. A family that the
+            prediction does not know is traced in any case.
+
+    Raises:
+        HardwareError: An unknown card, or one that cannot compute what the recipe asks.
+        ModelError: The configuration cannot be read, or nobody knows its family.
+    """
+    if isinstance(card, str):
+        card = cards.named_card(card)
+    if card is None:
+        from qlora import hardware
+
+        card = hardware.card()
+    values = configfile.read(recipe)
+    shape = Shape.from_config(values)
+    sheet = plansheet.Sheet(recipe, shape, card, configfile.positions(values))
+    if exact or not shape.known:
+        from qlora import rehearsal
+
+        sheet.traced = rehearsal.exact(sheet.recipe, card, sheet.plan)
+    return sheet
