@@ -6,7 +6,7 @@ one above; the ground floor never imports torch. A test reads this map and holds
     3 front door   cli, __main__
     2 stories      planning, trainer, sft, rehearsal, dress, evaluation, chat, doctor, draft,
                    selftest, invariance, preview, accounting, page
-    1 machinery    hardware, bnb, weights, loader, adapter, attention, offload, phantom, tracing,
+    1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, offload, phantom, tracing,
                    tokenizer, rendering, shortening, parity, table, intake, preparation, data, packing,
                    generation, screen, timeline, callbacks, tracking
     0 ground       recipe, settings, document, cookbook, configfile, memory, layer, shape, cards,

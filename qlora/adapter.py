@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from qlora import loader, rundir  # before peft: both import bitsandbytes, and ours does it quietly
+from qlora import nf4, rundir  # before peft: both import bitsandbytes, and ours does it quietly
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model
@@ -122,7 +122,7 @@ def count(model: nn.Module) -> Counts:
     parameters = list(model.parameters())
     return Counts(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(loader.unpacked_numel(p) for p in parameters),
+        total=sum(nf4.unpacked_numel(p) for p in parameters),
     )
 
 

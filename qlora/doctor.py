@@ -14,7 +14,7 @@ from typing import Literal
 import torch
 from packaging.requirements import Requirement
 
-from qlora import hardware, hub, loader, tracking
+from qlora import hardware, hub, nf4, tracking
 from qlora.cards import Card
 
 GIB = 2**30
@@ -97,13 +97,13 @@ def _card(card: Card) -> Check:
 def _nf4(card: Card) -> Check:
     """Quantize and compute with bitsandbytes on the device itself; imports prove nothing."""
     try:
-        error = loader.nf4_error(128, hardware.device(card))
+        error = nf4.error(128, hardware.device(card))
     except (RuntimeError, OSError, AttributeError) as failure:
         first = str(failure).splitlines()[0] if str(failure) else type(failure).__name__
         return Check(
             "nf4", "fail", f"bitsandbytes does not run here: {first}", "Match its CUDA version."
         )
-    if error > loader.MAX_NF4_ERROR:
+    if error > nf4.MAX_ERROR:
         return Check("nf4", "fail", f"a round trip loses {error:.4f} of the variance, not 0.0085")
     return Check(
         "nf4", "ok", f"a round trip on the {card.kind.upper()} loses {error:.4f} of the variance"

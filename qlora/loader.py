@@ -7,7 +7,6 @@ evaluation does not change what a later training step computes.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,17 +22,13 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from qlora import cards, hardware, hub, rundir, vault, weights
+from qlora import cards, hardware, hub, nf4, rundir, vault, weights
 from qlora.attention import sdpa_on
-from qlora.bnb import bnb
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
 from qlora.recipe import is_local, local_path
 from qlora.settings import Recipe
 
-# NF4 with blocks of 64 leaves 0.0085 of the variance of normal weights (QLoRA, section 3). A kernel
-# that leaves more than this does not compute NF4.
-MAX_NF4_ERROR = 0.02
 MIN_KEPT_BYTES = 256 * 2**20  # of a checkpoint; a smaller one is quantized in a moment
 # Of a kept base: on its way from a card to the disk a whole file passes through the host's memory.
 FILE_SIZE = "400MB"
@@ -160,8 +155,8 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
     model.requires_grad_(False)
     model.eval()
     if quantized:
-        _require_every_linear_quantized(model)
-        _prepare_linears(model, card, dtype)
+        nf4.require_every_linear(model)
+        nf4.prepare(model, card, dtype)
     _require_finite(model)
     if key is not None and size >= MIN_KEPT_BYTES:
         with _bars(bars):
@@ -175,51 +170,13 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
             "architecture": type(model).__name__,
             "attention": attention,
             "compute_dtype": str(dtype).removeprefix("torch."),
-            "quantized_linears": sum(1 for _ in linears_4bit(model)),
+            "quantized_linears": sum(1 for _ in nf4.linears(model)),
             "prequantized": config.is_prequantized,
             "footprint_bytes": model.get_memory_footprint(),
             "from_cache": from_cache,
         },
         notes,
     )
-
-
-def linears_4bit(model: nn.Module) -> Any:
-    """(name, module) of every linear that bitsandbytes packed."""
-    return (
-        (name, module)
-        for name, module in model.named_modules()
-        if isinstance(module, bnb.nn.Linear4bit)
-    )
-
-
-def unpacked_numel(parameter: nn.Parameter) -> int:
-    """Weights a parameter stands for. A packed ``Params4bit`` has half as many elements, or fewer."""
-    state = getattr(parameter, "quant_state", None)
-    return parameter.numel() if state is None else int(torch.Size(state.shape).numel())
-
-
-def nf4_error(in_features: int, device: torch.device) -> float:
-    """Share of a normal weight's variance that a round trip through this machine's NF4 loses.
-
-    0.0085 where the kernel is right (QLoRA, section 3); bitsandbytes 0.50 on AVX512 CPUs gives
-    several times that when ``in_features`` is a multiple of 16 but not of 64.
-    """
-    generator = torch.Generator().manual_seed(0)
-    weight = torch.randn(64, in_features, generator=generator).to(device)
-    linear = bnb.nn.Linear4bit(in_features, 64, bias=False, quant_type="nf4", device=device)
-    linear.weight = bnb.nn.Params4bit(weight.cpu(), requires_grad=False, quant_type="nf4")
-    linear = linear.to(device)
-    linear.compute_dtype = torch.float32
-    linear.support_avx512bf16_for_cpu = False
-    lost = 0.0
-    with torch.no_grad():
-        for start in range(0, in_features, 1024):  # the whole identity of a wide layer takes 1 GB
-            ones = torch.eye(min(1024, in_features - start), in_features, device=device)
-            # Through the layer, not dequantize_4bit: the wrong path is chosen inside the forward.
-            restored = linear(ones.roll(start, dims=1)).T
-            lost += float((restored - weight[:, start : start + 1024]).square().sum())
-    return lost / float(weight.square().sum())
 
 
 def _require_hub(name: str, revision: str) -> None:
@@ -303,7 +260,7 @@ def _found(
 def _keep(key: str, recipe: Recipe, card: Card, dtype: torch.dtype, model: Any) -> str:
     def write(folder: Path) -> None:
         # Before any evaluation: what save_pretrained writes after one is not what was loaded on an
-        # AVX512-BF16 CPU that repacks its weights (see _prepare_linears).
+        # AVX512-BF16 CPU that repacks its weights (see qlora.nf4).
         model.save_pretrained(folder, max_shard_size=FILE_SIZE)
 
     double = ", double quant" if recipe.quant.double_quant else ""
@@ -348,54 +305,6 @@ def _require_nf4_checkpoint(config: BaseConfig, recipe: Recipe) -> None:
             f"quant.quant_type is nf4, but {recipe.model.name!r} was saved as "
             f"{found.get('bnb_4bit_quant_type')!r}. Name the 16-bit original instead."
         )
-
-
-def _require_every_linear_quantized(model: Any) -> None:
-    """Refuse linears that were meant to be 4-bit and are not, with what they weigh."""
-    head = model.get_output_embeddings()
-    left = Counter[str]()
-    for name, module in model.named_modules():
-        own = dict(module.named_parameters(recurse=False))
-        if isinstance(module, nn.Linear) and not isinstance(module, bnb.nn.Linear4bit):
-            if module is not head:
-                left[name.rpartition(".")[2]] += module.weight.nbytes
-        else:  # stacked experts are bare parameters, which the libraries do not quantize
-            for key, value in own.items():
-                if value.ndim >= 3 and not isinstance(value, bnb.nn.Params4bit):
-                    left[f"{type(module).__name__}.{key}"] += value.nbytes
-    if left:
-        listed = ", ".join(
-            f"{name} ({size / 2**20:,.1f} MiB)" for name, size in left.most_common(6)
-        )
-        raise ModelError(
-            f"quant.quant_type is nf4, but {type(model).__name__} keeps these weights in 16 bits: "
-            f"{listed}. Mixture-of-experts layers are not quantized by the libraries; choose a dense "
-            "model, or write quant.quant_type: none if the card can hold them."
-        )
-    if not any(True for _ in linears_4bit(model)):
-        raise ModelError(
-            f"quant.quant_type is nf4, but {type(model).__name__} has no linear layer."
-        )
-
-
-def _prepare_linears(model: nn.Module, card: Card, dtype: torch.dtype) -> None:
-    widths = set()
-    for _, module in linears_4bit(model):
-        # bitsandbytes 0.50 repacks the weight in place at the first evaluation on an AVX512-BF16 CPU
-        # and never unpacks it: every later gradient is wrong. Off until it unpacks on train().
-        module.support_avx512bf16_for_cpu = False
-        module.compute_dtype = dtype  # a prequantized checkpoint brings another card's
-        module.compute_type_is_set = True
-        widths.add(module.in_features)
-    for width in sorted(widths):
-        error = nf4_error(width, hardware.device(card))
-        if error > MAX_NF4_ERROR:
-            raise HardwareError(
-                f"quant.quant_type is nf4, but bitsandbytes {bnb.__version__} computes layers of "
-                f"{width} inputs wrongly on this {card.kind.upper()}: {error:.3f} of the variance is "
-                f"lost, where NF4 loses 0.0085. Widths that are multiples of 64 are right; choose such "
-                "a model, another machine, or quant.quant_type: none."
-            )
 
 
 def _require_finite(model: nn.Module) -> None:

@@ -52,9 +52,7 @@ class Sheet:
         except DoesNotFit as error:
             self.refusal = str(error)
             self.fitted = Fitted(recipe, memory.plan(recipe, shape, card), ())
-        self.sibling = None
-        if self.refusal and not _could_fit(recipe, shape, card):
-            self.sibling = siblings.largest_that_fits(recipe, shape, card)
+        self.sibling = siblings.instead(recipe, shape, card) if self.refusal else None
         self.longest = fitting.longest(self.recipe, shape, card)
         if positions is not None:
             self.longest = min(self.longest, positions)
@@ -206,16 +204,6 @@ def table(lengths: Sequence[int] = LENGTHS, names: Sequence[str] = CARDS) -> lis
         "  ".join(f"{c:<{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows
     ]
     return [heading, "", *body]
-
-
-def _could_fit(recipe: Recipe, shape: Shape, card: Card) -> bool:
-    """Whether anything that a person may change without another model makes it fit."""
-    frugal = fitting.most_frugal(recipe, shape, card)
-    data = frugal.data.model_copy(update={"max_length": min(128, frugal.data.max_length)})
-    lora = frugal.lora.model_copy(update={"r": min(8, frugal.lora.r)})
-    quant = frugal.quant.model_copy(update={"quant_type": "nf4", "double_quant": True})
-    least = frugal.model_copy(update={"data": data, "lora": lora, "quant": quant})
-    return memory.predict(least, shape, card).fits
 
 
 def _split_scales(terms: dict[str, int], shape: Shape, recipe: Recipe) -> dict[str, int]:

@@ -69,6 +69,21 @@ def published() -> dict[str, Shape]:
     return {row[0]: _shape(kind, row) for kind, rows in _FAMILIES.items() for row in rows}
 
 
+def instead(recipe: Recipe, shape: Shape, card: Card) -> str | None:
+    """The sibling to name where no change of a setting makes a base fit; None where one does.
+
+    As far as a setting may go: the most frugal ones, rows of 128 tokens, rank 8, the base in NF4.
+    """
+    frugal = fitting.most_frugal(recipe, shape, card)
+    data = frugal.data.model_copy(update={"max_length": min(128, frugal.data.max_length)})
+    lora = frugal.lora.model_copy(update={"r": min(8, frugal.lora.r)})
+    quant = frugal.quant.model_copy(update={"quant_type": "nf4", "double_quant": True})
+    least = frugal.model_copy(update={"data": data, "lora": lora, "quant": quant})
+    if memory.predict(least, shape, card).fits:
+        return None
+    return largest_that_fits(recipe, shape, card)
+
+
 def largest_that_fits(recipe: Recipe, shape: Shape, card: Card) -> str | None:
     """The largest published sibling of a base that would fit, at the most frugal settings; else None.
 

@@ -35,6 +35,7 @@ from qlora import (
     rehearsal,
     rundir,
     sft,
+    siblings,
     speed,
     tokenizer,
     tracking,
@@ -198,19 +199,22 @@ def train(
 
 def _fitted(recipe: Recipe, shape: Shape, card: Card, resume: str | Path | None) -> Fitted:
     """The settings that run, with their plan; a family that the quick plan does not know is traced."""
-    if resume is None:
-        fitted = fitting.fit(recipe, shape, card)
-    else:
+    try:
+        if not shape.known and card.kind == "cuda" and recipe.train.fit == "as_written":
+            plan = memory.plan(recipe, shape, card)
+            traced = rehearsal.exact(recipe, card, plan)
+            plan = dataclasses.replace(plan, terms=traced["terms"])
+            memory.require_fit(plan)
+            return Fitted(recipe, plan, ("traced: no family that the quick plan knows",))
+        if resume is None:
+            return fitting.fit(recipe, shape, card)
         stored = rundir.open_run(resume).dir / "plan.json"
-        fitted = fitting.again(
-            recipe, shape, card, rundir.read_json(stored) if stored.is_file() else {}
-        )
-    if not shape.known and card.kind == "cuda":
-        traced = rehearsal.exact(fitted.recipe, card, fitted.plan)
-        plan = dataclasses.replace(fitted.plan, terms=traced["terms"])
-        memory.require_fit(plan)
-        fitted = dataclasses.replace(fitted, plan=plan)
-    return fitted
+        values = rundir.read_json(stored) if stored.is_file() else {}
+        return fitting.again(recipe, shape, card, values)
+    except DoesNotFit as error:
+        other = siblings.instead(recipe, shape, card)
+        hint = f"\nThe largest sibling that would fit: {other}." if other else ""
+        raise DoesNotFit(f"{error}{hint}") from None
 
 
 def _claim(recipe: Recipe, resume: str | Path | None) -> tuple[Run, Path | None]:

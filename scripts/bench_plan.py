@@ -146,7 +146,11 @@ def processes() -> dict[str, Any]:
         model = Path(folder) / "model"
         model.mkdir()
         (model / "config.json").write_text(json.dumps(CONFIGS[LLAMA]), encoding="utf-8")
-        asked = ["plan", "quickstart", f"model.name={model}", "data.max_length=2048", "--card=24GB"]
+        asked = [
+            "plan", "quickstart", f"model.name={model}", "data.max_length=2048", "--card=24GB",
+            "train.activation_checkpointing=true", "train.per_device_train_batch_size=1",
+            "eval.generate=0",
+        ]  # fmt: skip
         command = [*measure.qlora_command(), *asked]
         quick = [measure.timed(command).seconds for _ in range(5)]
         exact = measure.timed([*command, "--exact"]).seconds
@@ -156,6 +160,21 @@ def processes() -> dict[str, Any]:
         "exact_seconds": round(exact, 1),
         "exact_rss_gib": round(highest_kib / 2**20, 2),
     }
+
+
+def _every_cell(families: list[str]) -> list[dict[str, Any]]:
+    cells, began = [], time.monotonic()
+    asked = [
+        (family, *rest)
+        for family in families
+        for rest in itertools.product(SIZES[family], LENGTHS, RANKS, VOCABULARIES, (True, False))
+    ]
+    for done, values in enumerate(asked, start=1):
+        cells.append(cell(*values))
+        left = (time.monotonic() - began) / done * (len(asked) - done)
+        print(f"\r{done}/{len(asked)}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return cells
 
 
 def parser() -> argparse.ArgumentParser:
@@ -171,25 +190,11 @@ def main() -> None:
     if arguments.again:
         earlier = json.loads(arguments.again.read_text(encoding="utf-8"))
         cells = [judged(c) for c in earlier["cells"]]
-    else:
-        cells, began = [], time.monotonic()
-        asked = [
-            (family, *rest)
-            for family in arguments.only or SIZES
-            for rest in itertools.product(
-                SIZES[family], LENGTHS, RANKS, VOCABULARIES, (True, False)
-            )
-        ]
-        for done, values in enumerate(asked, start=1):
-            cells.append(cell(*values))
-            left = (time.monotonic() - began) / done * (len(asked) - done)
-            print(f"\r{done}/{len(asked)}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
-    if arguments.again:
         more = {key: earlier[key] for key in ("lines", "processes") if key in earlier}
     else:
-        families = dict.fromkeys(c["family"] for c in cells)
-        more = {"lines": [straight(family) for family in families], "processes": processes()}
+        families = arguments.only or list(SIZES)
+        more = {"processes": processes(), "lines": [straight(family) for family in families]}
+        cells = _every_cell(families)
     rows = []
     for family in dict.fromkeys(c["family"] for c in cells):
         ratios = [c["quick_by_traced"] for c in cells if c["family"] == family]

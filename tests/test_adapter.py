@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY, save_tiny
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, loader
+from qlora import adapter, loader, nf4
 from qlora.errors import CheckpointError, RecipeError
 
 TOKENS = torch.arange(5, 37).view(1, -1)
@@ -175,7 +175,7 @@ def test_the_digest_of_the_base_sees_one_flipped_bit_and_ignores_the_adapter(bui
     before = adapter.base_digest(model)
     stir(model)
     assert adapter.base_digest(model) == before
-    weight = next(m.weight for _, m in loader.linears_4bit(model))
+    weight = next(m.weight for _, m in nf4.linears(model))
     weight.data.view(-1)[7] ^= 1
     assert adapter.base_digest(model) != before
 

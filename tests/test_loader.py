@@ -11,7 +11,7 @@ import torch
 from conftest import save_tiny
 from torch import nn
 
-from qlora import adapter, loader
+from qlora import adapter, loader, nf4
 from qlora.bnb import bnb
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
@@ -61,7 +61,7 @@ def gradients(recipe, cpu, *, evaluate: bool, packing: bool = False) -> dict[str
             torch.manual_seed(parameter.numel())
             parameter.data.normal_(std=0.02)
     if packing:
-        for _, module in loader.linears_4bit(model):
+        for _, module in nf4.linears(model):
             module.support_avx512bf16_for_cpu = True
     tokens = torch.arange(5, 45).view(2, 20)
     if evaluate:
@@ -104,7 +104,7 @@ def test_a_prequantized_checkpoint_loads_to_the_same_logits_with_this_cards_dtyp
     first.model.save_pretrained(folder)
     again = load(make_recipe(model__name=str(folder)), cpu)
     assert again.facts["prequantized"]
-    assert {m.compute_dtype for _, m in loader.linears_4bit(again.model)} == {torch.float32}
+    assert {m.compute_dtype for _, m in nf4.linears(again.model)} == {torch.float32}
     reference = load(make_recipe(model__name=str(folder), quant__compute_dtype="bfloat16"), cpu)
     tokens = torch.arange(1, 20).view(1, -1)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def test_plain_lora_keeps_the_base_in_full_precision(make_recipe, cpu):
 def test_the_compute_dtype_is_the_one_asked_for(make_recipe, cpu):
     base = load(make_recipe(quant__compute_dtype="bfloat16"), cpu)
     assert base.model.lm_head.weight.dtype == torch.bfloat16
-    assert {m.compute_dtype for _, m in loader.linears_4bit(base.model)} == {torch.bfloat16}
+    assert {m.compute_dtype for _, m in nf4.linears(base.model)} == {torch.bfloat16}
     assert load(make_recipe(), cpu).model.lm_head.weight.dtype == torch.float32
 
 
@@ -212,7 +212,7 @@ def test_the_families_load_and_train_a_step(make_recipe, cpu, tmp_path, kind):
 
 
 def test_widths_that_this_machines_kernel_computes_wrongly_are_refused(make_recipe, cpu, tmp_path):
-    wrong = loader.nf4_error(48, torch.device("cpu")) > loader.MAX_NF4_ERROR
+    wrong = nf4.error(48, torch.device("cpu")) > nf4.MAX_ERROR
     folder = save_tiny(tmp_path / "narrow", intermediate_size=48)
     recipe = make_recipe(model__name=str(folder))
     if wrong:
@@ -223,7 +223,7 @@ def test_widths_that_this_machines_kernel_computes_wrongly_are_refused(make_reci
 
 
 def test_nf4_loses_what_the_paper_says(cpu):
-    assert loader.nf4_error(256, torch.device("cpu")) == pytest.approx(0.0085, abs=0.001)
+    assert nf4.error(256, torch.device("cpu")) == pytest.approx(0.0085, abs=0.001)
 
 
 def test_bf16_on_a_card_without_it_is_refused_before_loading(make_recipe, tiny):

@@ -10,9 +10,9 @@ import torch
 from conftest import save_tiny
 from rich.console import Console
 from safetensors.torch import load_file, save_file
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
-from qlora import adapter, loader, memory, trainer
+from qlora import adapter, loader, memory, rehearsal, trainer
 from qlora.cards import named_card
 from qlora.shape import Shape
 
@@ -91,17 +91,18 @@ def test_nothing_untrained_means_nothing_to_train_and_that_is_said(make_recipe):
     ]
 
 
-def test_the_plan_counts_the_copies_that_training_rows_makes(make_recipe):
+def test_the_plan_counts_the_copy_that_training_rows_makes(make_recipe):
     config = {
-        "model_type": "llama", "hidden_size": 4096, "intermediate_size": 14336, "vocab_size": 128256,
-        "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "tie_word_embeddings": False,
+        "model_type": "llama", "hidden_size": 512, "intermediate_size": 1024, "vocab_size": 32000,
+        "num_hidden_layers": 4, "num_attention_heads": 8, "num_key_value_heads": 4,
+        "tie_word_embeddings": False, "pad_token_id": None, "bos_token_id": None,
+        "eos_token_id": None,
     }  # fmt: skip
-    plans = [
-        memory.plan(
-            make_recipe(lora__train_new_tokens=asked), Shape.from_config(config), named_card("24GB")
-        )
-        for asked in (False, True)
-    ]
+    card = named_card("24GB")
+    recipes = [make_recipe(lora__train_new_tokens=asked) for asked in (False, True)]
+    plans = [memory.plan(recipe, Shape.from_config(config), card) for recipe in recipes]
     assert "new_tokens" not in plans[0].terms
-    assert plans[1].terms["new_tokens"] == 2 * 2 * 2 * 128256 * 4096
+    assert plans[1].terms["new_tokens"] == 2 * 32000 * 512
+    for recipe, planned in zip(recipes, plans, strict=True):
+        traced = rehearsal.trace(recipe, AutoConfig.for_model(**config), card).peak_bytes
+        assert planned.total_bytes - planned.terms["overhead"] == pytest.approx(traced, rel=0.03)

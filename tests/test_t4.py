@@ -24,6 +24,7 @@ from qlora import (
     data,
     hardware,
     loader,
+    nf4,
     packing,
     rundir,
     selftest,
@@ -251,7 +252,7 @@ def test_adapter_gradients_and_optimizer_are_fp32_while_the_base_computes_in_fp1
     census = adapter.census(built.model)
     assert census["trainable"] == {"float32": 28} and census["packed"] == {"uint8": 14}
     assert census["frozen"] == {"float16": 7}  # embedding, head and five norms
-    assert {m.compute_dtype for _, m in loader.linears_4bit(built.model)} == {torch.float16}
+    assert {m.compute_dtype for _, m in nf4.linears(built.model)} == {torch.float16}
     states = [v for s in built.optimizer.state.values() for k, v in s.items() if k != "step"]
     assert len(states) == 2 * 28 and {state.dtype for state in states} == {torch.float32}
 

@@ -24,6 +24,8 @@ from qlora import (
     generation,
     hardware,
     loader,
+    nf4,
+    rehearsal,
     rundir,
     sft,
     speed,
@@ -296,7 +298,7 @@ def test_a_changed_base_would_be_noticed(make_recipe, monkeypatch):
     original = sft.RowTrainer.training_step
 
     def meddling(self, model, *args, **kwargs):
-        _, module = next(iter(loader.linears_4bit(model)))
+        _, module = next(iter(nf4.linears(model)))
         module.weight.data.view(-1)[0] ^= 1
         return original(self, model, *args, **kwargs)
 
@@ -433,3 +435,42 @@ def test_a_run_of_five_steps_teaches_the_planner_how_fast_this_machine_is(make_r
     shape = Shape.from_config(loader.read_config(recipe).values)
     predicted = speed.tokens_per_second(recipe, shape, measured)
     assert predicted == pytest.approx(measured.tokens_per_second)
+
+
+def test_a_base_that_cannot_fit_at_any_setting_is_refused_with_a_sibling_that_would(
+    make_recipe, monkeypatch, tmp_path
+):
+    from shapes import CONFIGS
+
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = CONFIGS["meta-llama/Llama-3.1-8B-Instruct"]
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    four = cards.named_card("4GB")
+    monkeypatch.setattr(hardware, "card", lambda: four)
+    with pytest.raises(
+        DoesNotFit, match=r"The largest sibling that would fit: meta-llama/Llama-3\.2-"
+    ):
+        run_it(make_recipe(model__name=str(folder)))
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_family_that_the_quick_plan_does_not_know_is_traced_before_it_trains_on_a_card(
+    make_recipe, monkeypatch, tmp_path
+):
+    folder = tmp_path / "novel"
+    folder.mkdir()
+    config = {
+        "model_type": "stablelm", "hidden_size": 256, "intermediate_size": 512, "vocab_size": 2048,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 4,
+        "max_position_embeddings": 512,
+    }  # fmt: skip
+    (folder / "config.json").write_text(json.dumps(config))
+    tiny = cards.Card("a stamp", "cuda", 2**27, 2**27, (8, 6))
+    monkeypatch.setattr(hardware, "card", lambda: tiny)
+    traced = []
+    exact = rehearsal.exact
+    monkeypatch.setattr(rehearsal, "exact", lambda *a: traced.append(a) or exact(*a))
+    with pytest.raises(DoesNotFit, match="This recipe needs"):
+        run_it(make_recipe(model__name=str(folder)))
+    assert len(traced) == 1

@@ -17,7 +17,7 @@ from conftest import save_tiny
 from rich.console import Console
 from test_weights import everything, require_equal
 
-from qlora import cli, data, loader, places, rundir, table, tokenizer, trainer, vault
+from qlora import cli, data, loader, nf4, places, rundir, table, tokenizer, trainer, vault
 from qlora.cards import Card
 from qlora.errors import CacheError
 from qlora.settings import Recipe
@@ -67,7 +67,7 @@ def test_the_second_start_has_the_same_bits_from_the_cache(load, dtype, double) 
     assert second.notes == ()
     same = {name for name in first.facts if first.facts[name] == second.facts[name]}
     assert set(first.facts) - same == {"from_cache"}
-    modules = [dict(loader.linears_4bit(base.model)) for base in (first, second)]
+    modules = [dict(nf4.linears(base.model)) for base in (first, second)]
     for name, module in modules[1].items():
         assert module.compute_dtype == modules[0][name].compute_dtype
         assert not module.support_avx512bf16_for_cpu

@@ -9,7 +9,7 @@ import pytest
 import torch
 from rich.console import Console
 
-from qlora import callbacks, data, doctor, hardware, loader, screen, tokenizer, tracking
+from qlora import callbacks, data, doctor, hardware, nf4, screen, tokenizer, tracking
 from qlora.cards import Card
 from qlora.errors import TrainingDiverged
 from qlora.screen import Screen
@@ -106,7 +106,7 @@ def test_the_doctor_tries_the_kernel_and_finds_this_machine_ready(tmp_path):
 
 
 def test_the_doctor_says_what_is_wrong(tmp_path, monkeypatch):
-    monkeypatch.setattr(loader, "nf4_error", lambda *_: 0.5)
+    monkeypatch.setattr(nf4, "error", lambda *_: 0.5)
     monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda _: ["torch>=99", "nosuch>=1"])
     (tmp_path / "file").write_text("x")
     checks = {check.name: check for check in doctor.examine(tmp_path)}
