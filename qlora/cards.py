@@ -70,10 +70,10 @@ def named_card(text: str) -> Card:
         if usable:
             label = f"{size[1]} {'GiB' if exact else 'GB'} card (capability 8.6 assumed)"
             return Card(label, "cuda", usable, usable, (8, 6))
-    names = {_plain(name): name for name in _CARDS}
-    found = names.get(_plain(text))
+    names = {plain(name): name for name in _CARDS}
+    found = names.get(plain(text))
     if found is None:
-        near = difflib.get_close_matches(_plain(text), names, n=3, cutoff=0.5)
+        near = difflib.get_close_matches(plain(text), names, n=3, cutoff=0.5)
         hint = f" Did you mean {', '.join(names[n] for n in near)}?" if near else ""
         raise HardwareError(
             f"{text!r} is not a card known here.{hint} A size such as '12GB' does too."
@@ -82,7 +82,12 @@ def named_card(text: str) -> Card:
     return Card(found, "cuda", int(gib * GIB), int(gib * GIB), capability)
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
+    """What is left of a card's name when a maker's words and the spelling are taken away.
+
+    >>> plain("NVIDIA GeForce RTX 3060") == plain("rtx-3060")
+    True
+    """
     return re.sub(r"nvidia|geforce|tesla|[\s_-]", "", name.lower())
 
 
@@ -103,6 +108,21 @@ def compute_dtype(recipe: Recipe, card: Card) -> DType:
     if card.kind == "cpu":
         return "float32"
     return "bfloat16" if card.supports_bf16 else "float16"
+
+
+def require_attention(recipe: Recipe, card: Card) -> None:
+    """Refuse FlashAttention on a card that cannot run it.
+
+    Raises:
+        HardwareError: It is asked for, and the card is older than capability 8.0 or is none.
+    """
+    if recipe.model.attn_implementation == "flash_attention_2" and (
+        card.kind != "cuda" or (card.capability or (0, 0)) < (8, 0)
+    ):
+        raise HardwareError(
+            "model.attn_implementation is 'flash_attention_2', which needs a card of capability 8 or "
+            f"newer; this is {card.name}. Write 'auto' or 'sdpa'."
+        )
 
 
 def optimizer(recipe: Recipe, card: Card) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -41,10 +42,57 @@ def read(recipe: Recipe) -> dict[str, Any]:
     return values
 
 
-def positions(values: dict[str, Any]) -> int | None:
+def require_trainable(recipe: Recipe, values: Mapping[str, Any]) -> None:
+    """Refuse, before anything is read, a base that a run would refuse once it has read it.
+
+    Raises:
+        ModelError: Rows may be longer than the base has positions, it is quantized in a way that cannot
+            be trained, or it is a mixture of experts whose experts the libraries leave in 16 bits.
+    """
+    name, quantized = recipe.model.name, values.get("quantization_config")
+    known = positions(values)
+    if known is not None and recipe.data.max_length > known:
+        raise ModelError(
+            f"data.max_length is {recipe.data.max_length:,}, but {name!r} has {known:,} positions. "
+            f"Write data.max_length={known}."
+        )
+    if quantized is not None:
+        require_nf4(recipe, quantized)
+    text = values.get("text_config")
+    inner = text if isinstance(text, Mapping) else values
+    experts = inner.get("num_experts") or inner.get("num_local_experts")
+    if experts and recipe.quant.quant_type == "nf4":
+        raise ModelError(
+            f"quant.quant_type is nf4, but {name!r} is a mixture of {experts} experts, which the libraries "
+            "keep in 16 bits. Choose a dense model, or write quant.quant_type: none if the card holds it."
+        )
+
+
+def require_nf4(recipe: Recipe, quantized: Mapping[str, Any]) -> None:
+    """Refuse a checkpoint that is quantized, but not as it can be trained here.
+
+    Raises:
+        ModelError: Says how it is quantized.
+    """
+    if quantized.get("quant_method") not in (None, "bitsandbytes") or not quantized.get(
+        "load_in_4bit"
+    ):
+        raise ModelError(
+            f"model.name is {recipe.model.name!r}, which is quantized as "
+            f"{quantized.get('quant_method', 'something else')!r}; only bitsandbytes 4-bit checkpoints "
+            "can be trained here. Name the 16-bit original; it is quantized while loading."
+        )
+    if recipe.quant.quant_type == "nf4" and quantized.get("bnb_4bit_quant_type") != "nf4":
+        raise ModelError(
+            f"quant.quant_type is nf4, but {recipe.model.name!r} was saved as "
+            f"{quantized.get('bnb_4bit_quant_type')!r}. Name the 16-bit original instead."
+        )
+
+
+def positions(values: Mapping[str, Any]) -> int | None:
     """The longest sequence that a base knows, if its configuration says so."""
     text = values.get("text_config")
-    found = (text if isinstance(text, dict) else values).get("max_position_embeddings")
+    found = (text if isinstance(text, Mapping) else values).get("max_position_embeddings")
     return found if isinstance(found, int) else None
 
 

@@ -24,8 +24,18 @@ CHOSEN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
     "activation_offload", "optim",
 )  # fmt: skip
+# transformers' names (5.23) of one optimizer, unpaged and paged.
+_FROM_PAGED = {
+    "paged_adamw_32bit": "adamw_torch", "paged_adamw_8bit": "adamw_8bit",
+    "paged_lion_32bit": "lion_32bit", "paged_lion_8bit": "lion_8bit",
+    "paged_ademamix_32bit": "ademamix", "paged_ademamix_8bit": "ademamix_8bit",
+}  # fmt: skip
+_TO_PAGED = {plain: paged for paged, plain in _FROM_PAGED.items()} | {
+    "adamw_torch_fused": "paged_adamw_32bit",
+    "adamw_bnb_8bit": "paged_adamw_8bit",
+}
 _TOKENS = 64  # lengths are looked for in multiples of this
-_LONGEST = 1 << 20
+MOST_TOKENS, MOST_ROWS = 1 << 20, 4096  # as far as anybody looks
 
 
 @dataclass(frozen=True)
@@ -101,13 +111,16 @@ def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> F
 
 
 def longest(recipe: Recipe, shape: Shape, card: Card) -> int:
-    """The largest ``data.max_length``, a multiple of 64, that fits with all else as it is; 0 if none."""
+    """The largest ``data.max_length`` that fits with all else as it is, in steps of 64; 0 if none."""
 
     def fits(length: int) -> bool:
         data = recipe.data.model_copy(update={"max_length": length * _TOKENS})
         return memory.predict(recipe.model_copy(update={"data": data}), shape, card).fits
 
-    return _TOKENS * _last(fits, _LONGEST // _TOKENS)
+    found = _TOKENS * _last(fits, MOST_TOKENS // _TOKENS)
+    if found < recipe.data.max_length and memory.predict(recipe, shape, card).fits:
+        return recipe.data.max_length
+    return found
 
 
 def largest_micro_batch(recipe: Recipe, shape: Shape, card: Card) -> int:
@@ -117,17 +130,19 @@ def largest_micro_batch(recipe: Recipe, shape: Shape, card: Card) -> int:
         wanted = _with(recipe, per_device_train_batch_size=rows)
         return memory.predict(wanted, shape, card).fits
 
-    return _last(fits, 4096)
+    return _last(fits, MOST_ROWS)
 
 
 def most_frugal(recipe: Recipe, shape: Shape, card: Card) -> Recipe:
-    """The recipe with every setting that may be chosen at its smallest need."""
-    *_, frugal = _candidates(recipe, shape, card)
-    return frugal
+    """The recipe with the settings, of those that may be chosen, that need the least."""
+    return min(
+        _candidates(recipe, shape, card),
+        key=lambda candidate: memory.predict(candidate, shape, card).total_bytes,
+    )
 
 
 def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
-    """Settings worth trying, by falling need: per micro-batch the fewest recomputed layers that fit."""
+    """Settings worth trying: for each micro-batch the fewest recomputed layers that fit, or all."""
     rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
     for size in (n for n in range(rows, 0, -1) if rows % n == 0):
         for paged in (False, True):
@@ -156,7 +171,7 @@ def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
-    """The largest number up to ``most`` for which it holds, given that it stops holding once; 0 if none.
+    """A number up to ``most`` for which it holds, the largest if it stops holding once; 0 if none.
 
     >>> _last(lambda n: n * n < 50, 100), _last(lambda n: False, 100), _last(lambda n: True, 100)
     (7, 0, 100)
@@ -169,16 +184,12 @@ def _last(holds: Callable[[int], bool], most: int) -> int:
 
 
 def _paged(optim: str, paged: bool) -> str:
-    """The same optimizer, the same arithmetic, with its state on the card or paged.
+    """The same optimizer, the same update, with its state on the card or paged; others stay as they are.
 
     >>> _paged("adamw_torch", True), _paged("paged_adamw_8bit", False), _paged("sgd", True)
     ('paged_adamw_32bit', 'adamw_8bit', 'sgd')
     """
-    plain = optim.removeprefix("paged_")
-    if not paged:
-        return plain if plain != "adamw_32bit" else "adamw_torch"
-    plain = "adamw_32bit" if plain in ("adamw_torch", "adamw_torch_fused") else plain
-    return f"paged_{plain}" if plain.startswith(("adamw_", "lion_")) else plain
+    return _TO_PAGED.get(optim, optim) if paged else _FROM_PAGED.get(optim, optim)
 
 
 def _with(recipe: Recipe, **values: Any) -> Recipe:
@@ -213,10 +224,10 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
             f"all {again} layers are computed again, for {more:.0%} more arithmetic: fewer do not fit"
         )
     if train.activation_offload:
-        said.append("their inputs wait in the host's memory")
+        said.append(f"their inputs wait in {plan.host_bytes / GIB:.2f} GiB of the host's memory")
     if train.optim != optimizer(written, plan.card):
         where = "paged out when room is short" if "paged" in train.optim else "kept on the card"
-        said.append(f"{train.optim}: the same arithmetic, its state {where}")
+        said.append(f"{train.optim}: the same update, its state {where}")
     spare = free - plan.total_bytes
     margin = f"{MARGIN * free / GIB:.2f} of them as margin"
     if spare < MARGIN * free:

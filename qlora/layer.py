@@ -65,6 +65,23 @@ class Layer:
         return self.tokens * per_token + self._mask + self._copies
 
     @property
+    def spared(self) -> int:
+        """Bytes of :attr:`kept` that the first layer does not keep: nothing before an adapter trains."""
+        shape, e = self.shape, self.element
+        norm = 4 * (shape.hidden + 1)
+        bytes_ = norm
+        if not self.targets & {"q_proj", "k_proj", "v_proj", FUSED_QKV}:
+            returned = shape.heads * shape.head_dim if "o_proj" in self.targets else 0
+            bytes_ += self._norms - shape.norms * norm + 4 * shape.heads
+            bytes_ += e * (self._attention - returned)
+            if "o_proj" not in self.targets:
+                bytes_ += norm
+                if not self.targets & {"gate_proj", "up_proj", FUSED_MLP}:
+                    bytes_ += 3 * e * shape.intermediate
+            return self.tokens * bytes_ + self._mask
+        return self.tokens * bytes_
+
+    @property
     def busy(self) -> int:
         """Bytes beside everything kept that the last layer needs in its backward pass, at the most.
 
@@ -73,16 +90,22 @@ class Layer:
         """
         i, h, e = self.shape.intermediate, self.shape.hidden, self.element
         arriving = self.tokens * h * e  # the gradient of this layer's output
-        input_of_down = self.tokens * i * e if self._keeps_input("down_proj") else 0
-        by_adapter = self.tokens * i * e if "down_proj" in self.targets else 0
+        wide = self.tokens * i * e
+        targeted = "down_proj" in self.targets
+        before = arriving - (wide if targeted else 0)  # what its adapter kept of its input is gone
         down = self._unpacked("down_proj")
         moments = [
-            arriving - input_of_down + self.tokens * i * e + by_adapter + down,
-            arriving - input_of_down + self.tokens * i * e + 2 * by_adapter,
+            before + (2 if targeted else 1) * wide + down,
+            before + 3 * wide,  # their sum, or the gradients of both factors and of the product
             arriving + self._post_norm,
         ]
+        if self.own_inputs and targeted:
+            # On its way to the adapter the product is copied to fp32 and back.
+            moments.append(wide + self.tokens * (4 * i + 4 * h * e))
         if FUSED_MLP in self.shape.linears:
-            moments.append(arriving - input_of_down - self.tokens * i * e + self._fused_backward)
+            moments.append(before - wide + self._fused_backward)
+        if self.scores:
+            moments.append(self._softmax_backward - self.kept)
         return max(moments) + self.tokens * 4 * self.shape.head_dim // (2 if e == 2 else 1)
 
     @property
@@ -156,17 +179,13 @@ class Layer:
             kept += self.shape.intermediate
         return kept  # o_proj's is the output of attention, kept already
 
-    def _keeps_input(self, name: str) -> bool:
-        return name in self.targets
-
     @property
     def _mask(self) -> int:
         """Bytes that grow with the square of the length: the mask as a bias, or kept scores."""
         if not self.scores:
             return self.square * (self.element if self.masked else 0)
-        # Probabilities in fp32 and in the compute dtype; Gemma 2 squashes the scores and keeps them too.
-        squashed = self.element if self.shape.model_type.startswith("gemma2") else 0
-        return self.square * self.shape.heads * (4 + self.element + squashed)
+        # Probabilities in fp32 and in the compute dtype.
+        return self.square * self.shape.heads * (4 + self.element + self._squashed)
 
     @property
     def _copies(self) -> int:
@@ -177,6 +196,23 @@ class Layer:
     def _post_norm(self) -> int:
         """Gemma's norm after the MLP goes backwards while everything is still there."""
         return self.tokens * 4 * self.shape.hidden * 6 if self.shape.norms == 4 else 0
+
+    @property
+    def _softmax_backward(self) -> int:
+        """All that a layer holds when eager attention's softmax goes backwards, the MLP gone by then.
+
+        The probabilities in fp32, their gradient and its product; of the rest the first norm, q, k, and
+        what arrives.
+        """
+        q = self.shape.heads * self.shape.head_dim
+        squares = self.shape.heads * (12 + self._squashed) + self.element
+        rest = 4 * (self.shape.hidden + 1) + self.element * (2 * self.shape.hidden + 3 * q)
+        return self.square * squares + self.tokens * rest
+
+    @property
+    def _squashed(self) -> int:
+        """Bytes a score that Gemma 2's soft cap keeps."""
+        return self.element if self.shape.model_type.startswith("gemma2") else 0
 
     @property
     def _fused_backward(self) -> int:

@@ -73,6 +73,7 @@ class Plan:
     notes: tuple[str, ...] = ()
     changes: tuple[Change, ...] = ()
     changed_bytes: int = 0  # needed when every change is made
+    host_bytes: int = 0  # of pinned host memory, where inputs are offloaded
 
     @property
     def total_bytes(self) -> int:
@@ -127,15 +128,19 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
 
     # Of a recomputed layer its input stays, on the card or with the host but for the one in work; of
     # another everything. The very first input needs no gradient, so its norm keeps nothing.
-    inputs = again if not recipe.train.activation_offload else min(again, 2)
-    kept = whole * layer.kept - (norm if whole == shape.layers else 0)
-    activations = inputs * tokens * h * element + (kept + rotary if whole else 0)
+    offloads = recipe.train.activation_offload and card.kind == "cuda"  # else the host is the card
+    inputs = min(again, 2) if offloads else again
+    kept = whole * layer.kept - (layer.spared if whole == shape.layers else 0)
+    # A recomputed layer keeps the mask of booleans, which all layers share.
+    mask = layer.square if layer.masked and again and whole else 0
+    activations = inputs * tokens * h * element + (kept + rotary + mask if whole else 0)
     # Autocast's 16-bit copies of the adapter live until the forward pass ends, masks till the end.
     copies = 2 * trainable * again // shape.layers if element == 2 else 0
     shared = 0 if whole else rotary + (layer.square if layer.masked else 0)
-    working = max(
-        layer.busy if whole else layer.passing + copies,
-        layer.remade - whole * layer.kept if again else 0,  # once the others are gone
+    forward = 0 if whole else layer.passing + copies
+    backward = max(
+        layer.busy if whole else 0,
+        layer.remade - mask - whole * layer.kept if again else 0,  # once the others are gone
     )
     # trl 1.16 never holds the logits: it projects, folds and reuses one tile, beside the supervised
     # rows of the last hidden state and their fp32 gradient. On a CPU the logits are held (sft.py):
@@ -146,8 +151,9 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
         loss = norm + tokens * h * element + logits
     else:
         tile = min(tokens, LOSS_TILE[0]) * LOSS_TILE[1] * element
-        forward = tokens * h * 2 * element + copies
-        loss = shared + norm + tile + max(forward, tokens * h * (element + 4))
+        rows_of_hidden = max(tokens * h * 2 * element + copies, tokens * h * (element + 4))
+        loss = shared + norm + tile + rows_of_hidden
+    working = max(forward, backward)
     answering = _answering_bytes(recipe, shape, element, shape.heads if layer.scores else 0)
     answering += layer.largest_unpacked
 
@@ -160,8 +166,9 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     gradients = 4 * trainable
     if recipe.train.gradient_accumulation_steps == 1:
         # The only pass of a step: gradients come as activations go.
-        gone = activations - activations // shape.layers
-        gradients = max(gradients // shape.layers, gradients - gone)
+        first = activations // shape.layers + backward + gradients
+        last = activations + backward + gradients // shape.layers
+        gradients = max(first, last, activations + beyond) - activations - beyond
     terms = {
         "base_nf4" if nf4 else "base": (
             nf4_bytes(linear, double_quant=recipe.quant.double_quant) if nf4 else element * linear
@@ -180,7 +187,8 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
         terms["new_tokens"] = table  # peft 0.21 copies the whole table for every pass
     if card.kind == "cuda":
         terms["overhead"] = CONTEXT_BYTES + SLACK_BYTES
-    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes)
+    host = (again - inputs) * tokens * h * element
+    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes, host_bytes=host)
 
 
 def _layer(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:

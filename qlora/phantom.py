@@ -80,7 +80,7 @@ def build(
                 # the CPU's, which it does not ask about, it makes an fp32 copy first.
                 module.cast_input_dtype_enabled = False
             for name, child in module.named_children():
-                if isinstance(child, nn.Dropout):
+                if isinstance(child, nn.Dropout) and child.p:
                     setattr(module, name, CardDropout(child.p))
     _replace(model, make)
     return model.train()

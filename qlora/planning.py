@@ -6,8 +6,9 @@ this machine for its card, or to trace the step.
 
 from __future__ import annotations
 
-from qlora import cards, configfile, plansheet
+from qlora import cards, configfile, fitting, plansheet
 from qlora.cards import Card
+from qlora.errors import ModelError
 from qlora.plansheet import Sheet
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -19,12 +20,12 @@ def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False)
     Args:
         recipe: What would run.
         card: A name such as ``12GB`` or ``t4``; the card of this machine by default.
-        exact: Trace the real training step on fake tensors beside the prediction. A family that the
-            prediction does not know is traced in any case.
+        exact: Trace the real training step on fake tensors, too, beside the prediction that a run goes
+            by. For a family that the prediction does not know, the trace is the plan.
 
     Raises:
         HardwareError: An unknown card, or one that cannot compute what the recipe asks.
-        ModelError: The configuration cannot be read, or nobody knows its family.
+        ModelError: The configuration cannot be read, nobody knows its family, or it cannot be trained.
     """
     if isinstance(card, str):
         card = cards.named_card(card)
@@ -32,10 +33,24 @@ def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False)
         from qlora import hardware
 
         card = hardware.card()
+    cards.require_attention(recipe, card)
     values = configfile.read(recipe)
-    shape = Shape.from_config(values)
-    sheet = plansheet.Sheet(recipe, shape, card, configfile.positions(values))
-    if exact or not shape.known:
+    configfile.require_trainable(recipe, values)
+    try:
+        shape = Shape.from_config(values)
+    except ModelError:
+        # A file that leaves keys to the defaults of transformers, which knows them.
+        from qlora import loader
+
+        values = loader.read_config(recipe).values
+        shape = Shape.from_config(values)
+    decide = fitting.fit
+    if not shape.known:
+        from qlora import rehearsal
+
+        decide = rehearsal.fit
+    sheet = plansheet.Sheet(recipe, shape, card, configfile.positions(values), decide)
+    if exact:
         from qlora import rehearsal
 
         sheet.traced = rehearsal.exact(sheet.recipe, card, sheet.plan)

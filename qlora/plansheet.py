@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from qlora import cards, fitting, memory, siblings, speed
@@ -38,7 +38,14 @@ CARDS = ("8GB", "12GB", "T4", "24GB")
 class Sheet:
     """Everything that ``qlora plan`` says of one recipe on one card."""
 
-    def __init__(self, recipe: Recipe, shape: Shape, card: Card, positions: int | None) -> None:
+    def __init__(
+        self,
+        recipe: Recipe,
+        shape: Shape,
+        card: Card,
+        positions: int | None,
+        decide: Callable[[Recipe, Shape, Card], Fitted] = fitting.fit,
+    ) -> None:
         """Plan it; ``positions`` is the longest sequence that the base knows, if it says so.
 
         Raises:
@@ -48,9 +55,11 @@ class Sheet:
         self.card, self.shape = card, shape
         self.refusal: str | None = None
         try:
-            self.fitted = fitting.fit(recipe, shape, card)
+            self.fitted = decide(recipe, shape, card)
         except DoesNotFit as error:
             self.refusal = str(error)
+            if recipe.train.fit == "auto":
+                recipe = fitting.most_frugal(recipe, shape, card)
             self.fitted = Fitted(recipe, memory.plan(recipe, shape, card), ())
         self.sibling = siblings.instead(recipe, shape, card) if self.refusal else None
         self.longest = fitting.longest(self.recipe, shape, card)
@@ -72,9 +81,8 @@ class Sheet:
 
     @property
     def fits(self) -> bool:
-        """Whether it does: as traced, where it was traced."""
-        needed = self.traced["total_bytes"] if self.traced else self.plan.total_bytes
-        return bool(needed <= self.card.free_bytes)
+        """Whether a run would start."""
+        return self.refusal is None
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -124,8 +132,6 @@ class Sheet:
             self._verdict(),
         ]
         said += [f"note: {note}" for note in plan.notes]
-        if not self.shape.known:
-            said.append("note: no family that the quick plan knows, so its step was traced")
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
         said.append(self._reach())
         said.append(self._speed())
@@ -142,19 +148,21 @@ class Sheet:
         return f"{again} of {self.shape.layers} layers computed again{offloaded}"
 
     def _verdict(self) -> str:
-        left = self.card.free_bytes - (
-            self.traced["total_bytes"] if self.traced else self.plan.total_bytes
-        )
-        how = "traced" if self.traced else "predicted"
-        if left >= 0:
-            return f"fits: {_gib(left)} to spare ({how})"
-        return f"does not fit: {_gib(-left)} too much ({how})"
+        left = self.card.free_bytes - self.plan.total_bytes
+        said = f"does not fit: {_gib(-left)} too much (predicted)"
+        if self.fits:
+            said = f"fits: {_gib(left)} to spare (predicted)"
+        if self.traced and (left >= 0) != (self.traced["total_bytes"] <= self.card.free_bytes):
+            said += "; the traced step says otherwise, a run goes by the prediction"
+        return said
 
     def _reach(self) -> str:
         if not self.longest:
             return "with these settings no length fits"
-        many = f", or {self.rows} x {self.recipe.data.max_length:,} tokens a pass"
-        return f"with these settings: max_length to {self.longest:,}{many if self.rows else ''}"
+        rows = f"{self.rows}{' and more' if self.rows == fitting.MOST_ROWS else ''}"
+        many = f", or {rows} x {self.recipe.data.max_length:,} tokens a pass" if self.rows else ""
+        more = " and more" if self.longest == fitting.MOST_TOKENS else ""
+        return f"with these settings: max_length to {self.longest:,}{more}{many}"
 
     def _speed(self) -> str:
         work = f"{speed.flops_per_token(self.recipe, self.shape) / 1e9:,.3g} GFLOP a token"
@@ -173,7 +181,8 @@ class Sheet:
 def table(lengths: Sequence[int] = LENGTHS, names: Sequence[str] = CARDS) -> list[str]:
     """Models by cards: predicted GiB at each length with everything recomputed, and what fits.
 
-    r 16, one sequence a pass; a dash where it does not fit; last the longest sequence.
+    r 16, one sequence a pass; a dash where it does not fit, or where the model does not know so long a
+    sequence; last the longest sequence.
     """
     from qlora.recipe import recipe_from
 
@@ -191,8 +200,9 @@ def table(lengths: Sequence[int] = LENGTHS, names: Sequence[str] = CARDS) -> lis
                     }
                 )
                 plan = memory.predict(recipe, shape, card)
-                found.append(f"{plan.total_bytes / GIB:.1f}" if plan.fits else "-")
-            longest = fitting.longest(recipe, shape, card)
+                fits = plan.fits and length <= siblings.positions(name)
+                found.append(f"{plan.total_bytes / GIB:.1f}" if fits else "-")
+            longest = min(fitting.longest(recipe, shape, card), siblings.positions(name))
             cells.append(f"{' / '.join(found)}  to {longest:,}" if longest else "-")
         rows.append((name, *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]

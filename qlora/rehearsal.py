@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 from contextlib import nullcontext
 from typing import Any
@@ -11,11 +12,13 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora import cards, loader, memory, phantom, sft
+from qlora import cards, fitting, loader, memory, phantom, sft
 from qlora.cards import Card
+from qlora.fitting import Fitted
 from qlora.memory import Plan
 from qlora.offload import InputsOnHost
 from qlora.settings import Recipe
+from qlora.shape import Shape
 from qlora.tracing import HOST, MemoryTracer
 
 
@@ -151,6 +154,25 @@ class TiledLoss(torch.autograd.Function):
         return back, None, None
 
 
+def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
+    """The settings that run: :func:`qlora.fitting.fit`, but a family it does not know is traced.
+
+    Such a family runs as it is written: a search by numbers that may be wrong would be a guess.
+
+    Raises:
+        DoesNotFit: It does not.
+        ModelError: transformers does not know the family either.
+    """
+    if shape.known or card.kind == "cpu":
+        return fitting.fit(recipe, shape, card)
+    plan = memory.plan(recipe, shape, card)
+    traced = exact(recipe, card, plan)
+    plan = dataclasses.replace(plan, terms=traced["terms"])
+    memory.require_fit(plan)
+    why = f"traced, and as written: {shape.model_type!r} is no family that the quick plan knows"
+    return Fitted(recipe, plan, (why,))
+
+
 def exact(recipe: Recipe, card: Card, plan: Plan) -> dict[str, Any]:
     """The bytes of a plan, traced rather than predicted, where a training step decides them.
 
@@ -168,7 +190,10 @@ def exact(recipe: Recipe, card: Card, plan: Plan) -> dict[str, Any]:
     """
     began = time.perf_counter()
     config = loader.read_config(recipe)
-    tracer = trace(recipe, config.config, card, loader.attention_on(card, recipe, config))
+    attention = recipe.model.attn_implementation
+    if attention != "flash_attention_2":  # which may be installed where it will run
+        attention = loader.attention_on(card, recipe, config)
+    tracer = trace(recipe, config.config, card, attention)
     beyond = {name: plan.terms[name] for name in ("evaluation", "overhead") if plan.terms.get(name)}
     terms = {name: size for name, size in tracer.peak.items() if size} | beyond
     return {

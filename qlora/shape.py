@@ -65,7 +65,7 @@ class Shape:
             biases += 2 * intermediate + hidden
         tied = text.get("tie_word_embeddings", config.get("tie_word_embeddings"))
         tied = kind.startswith(_TIED) if tied is None else bool(tied)
-        tower = _vision_tower(config.get("vision_config"), hidden)
+        tower = vision_tower(config.get("vision_config"), hidden)
         return cls(
             kind, hidden, intermediate, size("num_hidden_layers"), heads, kv_heads, head_dim,
             size("vocab_size"), tied, biases, experts, *tower,
@@ -155,7 +155,7 @@ _OMITTED: dict[str, dict[str, int]] = {
 _LAYOUTS = ("llama", "mistral", "mixtral", "qwen2", "qwen3", "gemma2", "gemma3", "phi3", "smollm3")
 
 
-def _vision_tower(vision: object, hidden: int) -> tuple[int, int]:
+def vision_tower(vision: object, hidden: int) -> tuple[int, int]:
     """(linear weights, other parameters) of a SigLIP tower with Gemma 3's projector; else (0, 0)."""
     if not isinstance(vision, Mapping) or vision.get("model_type") != "siglip_vision_model":
         return 0, 0

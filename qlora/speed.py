@@ -7,12 +7,13 @@ second, in an earlier run on this machine. Without one there is only a ranking, 
 from __future__ import annotations
 
 import json
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from qlora import places, rundir
-from qlora.cards import Card, DType
+from qlora.cards import Card, DType, plain
 from qlora.errors import CheckpointError
 from qlora.settings import Recipe
 from qlora.shape import Shape, adapter_parameters
@@ -105,9 +106,11 @@ def remember(
 def recall(card: Card, dtype: DType) -> Measured | None:
     """What was last measured of this card in this dtype on this machine, or None."""
     try:
-        return Measured(**_known()[_key(card, dtype)])
+        found = Measured(**_known()[_key(card, dtype)])
+        usable = 0 < found.flops_per_second < math.inf and 0 < found.tokens_per_second < math.inf
     except (KeyError, TypeError):
         return None
+    return found if usable else None
 
 
 def tokens_per_second(recipe: Recipe, shape: Shape, measured: Measured) -> float:
@@ -127,4 +130,4 @@ def _file() -> Path:
 
 
 def _key(card: Card, dtype: DType) -> str:
-    return f"{card.name}, {dtype}"
+    return f"{plain(card.name)}, {dtype}"

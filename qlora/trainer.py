@@ -198,16 +198,10 @@ def train(
 
 
 def _fitted(recipe: Recipe, shape: Shape, card: Card, resume: str | Path | None) -> Fitted:
-    """The settings that run, with their plan; a family that the quick plan does not know is traced."""
+    """The settings that run, with their plan; a resumed run keeps those of its first start."""
     try:
-        if not shape.known and card.kind == "cuda" and recipe.train.fit == "as_written":
-            plan = memory.plan(recipe, shape, card)
-            traced = rehearsal.exact(recipe, card, plan)
-            plan = dataclasses.replace(plan, terms=traced["terms"])
-            memory.require_fit(plan)
-            return Fitted(recipe, plan, ("traced: no family that the quick plan knows",))
-        if resume is None:
-            return fitting.fit(recipe, shape, card)
+        if resume is None or not shape.known:
+            return rehearsal.fit(recipe, shape, card)
         stored = rundir.open_run(resume).dir / "plan.json"
         values = rundir.read_json(stored) if stored.is_file() else {}
         return fitting.again(recipe, shape, card, values)

@@ -34,22 +34,40 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
     "smollm3": ((1024, 4096, 24, 16, 4, 64), (2048, 11008, 36, 16, 4, 128), (4096, 14336, 32, 32, 8, 128)),
 }  # fmt: skip
 LENGTHS, RANKS, VOCABULARIES = (512, 2048, 8192), (16, 64), (32_000, 151_936)
+# What the grid leaves as it is by default, tried one by one on the middle Llama.
+VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "dropout": {"lora": {"lora_dropout": 0.1}},
+    "q and v only": {"lora": {"target_modules": ["q_proj", "v_proj"]}},
+    "down only": {"lora": {"target_modules": ["down_proj"]}},
+    "eager attention": {"model": {"attn_implementation": "eager"}},
+    "flash attention": {"model": {"attn_implementation": "flash_attention_2"}},
+    "16-bit base": {"quant": {"quant_type": "none"}},
+    "single quantization": {"quant": {"double_quant": False}},
+    "four sequences": {"train": {"per_device_train_batch_size": 4}},
+    "one pass a step": {"train": {"gradient_accumulation_steps": 1}, "lora": {"r": 128}},
+    "padded": {"data": {"packing": False}},
+    "new tokens": {"lora": {"train_new_tokens": True}},
+    "offload": {"train": {"activation_offload": True}},
+}
 CARD, LLAMA = "A100-80GB", "meta-llama/Llama-3.1-8B-Instruct"
 
 
-def recipe_of(length: int, r: int, checkpointing: bool) -> Any:
-    """A recipe with everything that moves memory in this grid."""
+def recipe_of(
+    length: int, r: int, checkpointing: bool | int, more: dict[str, dict[str, Any]] | None = None
+) -> Any:
+    """A recipe with everything that moves memory in this grid, and what else is given."""
     from qlora.recipe import recipe_from
 
-    return recipe_from(
-        {
-            "model": {"name": "owner/model"},
-            "data": {"train": "hub:owner/data", "max_length": length},
-            "lora": {"r": r},
-            "train": {"activation_checkpointing": checkpointing},
-            "run": {"name": "grid"},
-        }
-    )
+    values: dict[str, dict[str, Any]] = {
+        "model": {"name": "owner/model"},
+        "data": {"train": "hub:owner/data", "max_length": length},
+        "lora": {"r": r},
+        "train": {"activation_checkpointing": checkpointing},
+        "run": {"name": "grid"},
+    }
+    for section, settings in (more or {}).items():
+        values[section] = {**values.get(section, {}), **settings}
+    return recipe_from(values)
 
 
 def config_of(family: str, size: tuple[int, ...], vocabulary: int, layers: int) -> dict[str, Any]:
@@ -121,6 +139,47 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     return found | {"quick_by_traced": round(quick / found["traced_bytes"], 4)}
 
 
+def variation(
+    name: str, length: int, checkpointing: bool | int, layers: int = 6, family: str = "llama"
+) -> float:
+    """The quick plan by the traced one, of a model with few layers and one setting changed."""
+    from transformers import AutoConfig
+
+    from qlora import cards, memory, rehearsal
+    from qlora.shape import Shape
+
+    config = config_of(family, SIZES["llama"][1], VOCABULARIES[0], layers)
+    recipe = recipe_of(length, 16, checkpointing, VARIATIONS.get(name))
+    attention = recipe.model.attn_implementation
+    if family == "gemma2":
+        attention = "eager"
+    card = cards.named_card(CARD)
+    tracer = rehearsal.trace(
+        recipe, AutoConfig.for_model(**config), card, "sdpa" if attention == "auto" else attention
+    )
+    plan = memory.predict(recipe, Shape.from_config(config), card)
+    needed = plan.total_bytes - plan.terms["overhead"]
+    return round(needed / tracer.peak_bytes, 4)
+
+
+def variations() -> dict[str, list[float]]:
+    """Lowest and highest ratio of each setting, over lengths and recomputed layers."""
+    found = {}
+    for name in VARIATIONS:
+        ratios = [
+            variation(name, length, again)
+            for length in LENGTHS
+            for again in ((True,) if name == "offload" else (True, 3, False))
+        ]
+        found[name] = [min(ratios), max(ratios)]
+    ratios = [
+        variation("", length, again, family="gemma2")
+        for length in LENGTHS
+        for again in (True, 3, False)
+    ]
+    return found | {"gemma2": [min(ratios), max(ratios)]}
+
+
 def straight(family: str) -> dict[str, Any]:
     """One model of a family traced in full, by the line through two and four layers."""
     size = SIZES[family][1]
@@ -190,10 +249,11 @@ def main() -> None:
     if arguments.again:
         earlier = json.loads(arguments.again.read_text(encoding="utf-8"))
         cells = [judged(c) for c in earlier["cells"]]
-        more = {key: earlier[key] for key in ("lines", "processes") if key in earlier}
+        more = {key: earlier[key] for key in ("lines", "processes", "variations") if key in earlier}
     else:
         families = arguments.only or list(SIZES)
         more = {"processes": processes(), "lines": [straight(family) for family in families]}
+        more["variations"] = variations()
         cells = _every_cell(families)
     rows = []
     for family in dict.fromkeys(c["family"] for c in cells):
@@ -207,6 +267,12 @@ def main() -> None:
     print(measure.table(("family", "cells", "lowest", "highest", "off by over 3 %"), rows))
     if more:
         print(more["processes"], [line["line_by_full"] for line in more["lines"]])
+        settings = more.get("variations", {}).items()
+        print(
+            measure.table(
+                ("setting", "lowest", "highest"), [(n, *map(str, r)) for n, r in settings]
+            )
+        )
 
 
 if __name__ == "__main__":

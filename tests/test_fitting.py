@@ -106,12 +106,23 @@ def test_paging_keeps_the_arithmetic_of_the_optimizer() -> None:
         ("adamw_torch", {"adamw_torch", "paged_adamw_32bit"}),
         ("paged_lion_8bit", {"lion_8bit", "paged_lion_8bit"}),
         ("sgd", {"sgd"}),
+        ("paged_ademamix_32bit", {"ademamix", "paged_ademamix_32bit"}),
+        ("adamw_bnb_8bit", {"adamw_bnb_8bit", "paged_adamw_8bit"}),
     ):
         found = {
             fitting.fit(make(optim=optim), LLAMA, named_card(card)).chosen["optim"]
             for card in ("9GB", "12GB", "24GB")
         }
         assert found <= kinds
+
+
+def test_every_name_of_an_optimizer_stays_one_that_transformers_knows() -> None:
+    from transformers.training_args import OptimizerNames
+
+    known = {name.value for name in OptimizerNames}
+    for name in known:
+        assert {fitting._paged(name, True), fitting._paged(name, False)} <= known
+    assert set(fitting._FROM_PAGED) | set(fitting._TO_PAGED) <= known
 
 
 def test_a_recipe_as_it_is_written_is_not_touched() -> None:
@@ -125,7 +136,7 @@ def test_the_reasons_give_figures_for_what_was_chosen() -> None:
     assert "1 x 2,048 tokens a pass, 16 passes at most a step: 16 rows, as written" in said
     assert "of 32 layers are computed again, for" in said
     assert "all of them would cost 44%" in said
-    assert "adamw_8bit: the same arithmetic, its state kept on the card" in said
+    assert "adamw_8bit: the same update, its state kept on the card" in said
     assert "as margin" in said
 
 
@@ -218,7 +229,8 @@ def test_where_a_family_has_none_any_familys_is_named_and_at_last_none() -> None
         ("meta-llama/Llama-3.1-8B", 8.03), ("meta-llama/Llama-3.1-70B", 70.55),
         ("Qwen/Qwen2.5-0.5B", 0.494), ("Qwen/Qwen2.5-7B", 7.62), ("Qwen/Qwen2.5-32B", 32.76),
         ("Qwen/Qwen3-0.6B", 0.596), ("Qwen/Qwen3-4B", 4.02), ("Qwen/Qwen3-14B", 14.77),
-        ("google/gemma-3-1b-pt", 1.0), ("mistralai/Mistral-Nemo-Base-2407", 12.25),
+        ("google/gemma-3-1b-pt", 1.0), ("google/gemma-3-4b-pt", 4.30),
+        ("mistralai/Mistral-Nemo-Base-2407", 12.25),
         ("microsoft/phi-4", 14.66), ("HuggingFaceTB/SmolLM3-3B", 3.08),
         ("meta-llama/Llama-2-13b-hf", 13.02), ("HuggingFaceTB/SmolLM2-135M", 0.1345),
     ],
@@ -301,6 +313,16 @@ def test_a_measured_card_predicts_other_models_and_an_unmeasured_one_nothing() -
     ratio = speed.cost_per_token(recipe, TINYLLAMA) / speed.cost_per_token(recipe, LLAMA)
     assert slower == pytest.approx(1000.0 * ratio)
     assert speed.recall(other, "bfloat16") is None and speed.recall(card, "float32") is None
+
+
+@pytest.mark.parametrize("rate", [0, -1.0, None, "1e9", float("inf")])
+def test_a_speed_that_is_none_is_not_believed(rate: Any) -> None:
+    from qlora import places
+
+    places.cache().mkdir(parents=True)
+    entry = {"flops_per_second": rate, "tokens_per_second": 1.0, "model": "m", "date": "d"}
+    (places.cache() / "speeds.json").write_text(json.dumps({"t4, float16": entry}))
+    assert speed.recall(named_card("T4"), "float16") is None
 
 
 def test_a_torn_file_of_speeds_is_as_good_as_none() -> None:
