@@ -30,7 +30,7 @@ def card() -> Card:
             free_bytes=free,
             capability=torch.cuda.get_device_capability(0),
         )
-    total, available = _ram_bytes()
+    total, available = ram_bytes()
     return Card(name=_cpu_name(), kind="cpu", total_bytes=total, free_bytes=available)
 
 
@@ -80,7 +80,8 @@ def _kib(text: str) -> int:
     return int(text.split()[0]) * 1024
 
 
-def _ram_bytes() -> tuple[int, int]:
+def ram_bytes() -> tuple[int, int]:
+    """(total, available) bytes of the host's memory; where only the total is told, it stands for both."""
     meminfo = Path("/proc/meminfo")
     if meminfo.is_file():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())

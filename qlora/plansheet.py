@@ -133,6 +133,8 @@ class Sheet:
         ]
         said += [f"note: {note}" for note in plan.notes]
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
+        if plan.host_bytes:
+            said.append(f"{_gib(plan.host_bytes)} of the host's memory hold inputs of layers")
         said.append(self._reach())
         said.append(self._speed())
         if self.refusal:

@@ -241,8 +241,8 @@ class Train(_Section):
     )
     activation_offload: bool = Field(
         False,
-        description="Keep the inputs of recomputed layers in the host's memory; needs "
-        "activation_checkpointing: true.",
+        description="Keep the inputs of recomputed layers in the host's memory, where that is not the card "
+        "itself; needs activation_checkpointing: true.",
     )
     fit: Literal["as_written", "auto"] = Field(
         "as_written",

@@ -46,6 +46,7 @@ from qlora.data import Prepared
 from qlora.errors import CheckpointError, DoesNotFit, Interrupted, RecipeError
 from qlora.evaluation import Answered
 from qlora.fitting import Fitted
+from qlora.memory import Plan
 from qlora.recipe import load_recipe
 from qlora.rundir import Run
 from qlora.screen import GIB, Screen, duration
@@ -90,6 +91,7 @@ def train(
     screen.say("plan", f"{plan.total_bytes / GIB:.2f} GiB of tensors predicted")
     for reason in fitted.reasons:
         screen.say("fit", reason)
+    _require_host(plan, card)
 
     run, checkpoint = _claim(written, resume)
     try:
@@ -209,6 +211,17 @@ def _fitted(recipe: Recipe, shape: Shape, card: Card, resume: str | Path | None)
         other = siblings.instead(recipe, shape, card)
         hint = f"\nThe largest sibling that would fit: {other}." if other else ""
         raise DoesNotFit(f"{error}{hint}") from None
+
+
+def _require_host(plan: Plan, card: Card) -> None:
+    """Refuse an offload that the host has no room for: pinned memory cannot be swapped out."""
+    available = hardware.ram_bytes()[1]
+    if card.kind == "cuda" and plan.host_bytes > available:
+        raise DoesNotFit(
+            f"train.activation_offload keeps {plan.host_bytes / GIB:.1f} GiB in the host's memory "
+            f"(predicted), of which {available / GIB:.1f} GiB are available. Lower data.max_length or "
+            "train.per_device_train_batch_size, or write train.activation_offload: false."
+        )
 
 
 def _claim(recipe: Recipe, resume: str | Path | None) -> tuple[Run, Path | None]:

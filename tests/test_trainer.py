@@ -474,3 +474,21 @@ def test_a_family_that_the_quick_plan_does_not_know_is_traced_before_it_trains_o
     with pytest.raises(DoesNotFit, match="This recipe needs"):
         run_it(make_recipe(model__name=str(folder)))
     assert len(traced) == 1
+
+
+def test_an_offload_that_the_host_has_no_room_for_is_refused(make_recipe, monkeypatch, tmp_path):
+    from shapes import CONFIGS
+
+    folder = tmp_path / "large"
+    folder.mkdir()
+    config = CONFIGS["meta-llama/Llama-3.1-8B-Instruct"]
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
+    monkeypatch.setattr(hardware, "card", lambda: cards.named_card("12GB"))
+    monkeypatch.setattr(hardware, "ram_bytes", lambda: (2**30, 2**29))
+    with pytest.raises(DoesNotFit, match=r"keeps 0\.9 GiB in the host's memory .* 0\.5 GiB are"):
+        run_it(
+            make_recipe(
+                model__name=str(folder), data__max_length=4096, train__activation_checkpointing=True,
+                train__activation_offload=True, train__per_device_train_batch_size=1,
+            )
+        )  # fmt: skip
