@@ -50,12 +50,7 @@ def require_trainable(recipe: Recipe, values: Mapping[str, Any]) -> None:
             be trained, or it is a mixture of experts whose experts the libraries leave in 16 bits.
     """
     name, quantized = recipe.model.name, values.get("quantization_config")
-    known = positions(values)
-    if known is not None and recipe.data.max_length > known:
-        raise ModelError(
-            f"data.max_length is {recipe.data.max_length:,}, but {name!r} has {known:,} positions. "
-            f"Write data.max_length={known}."
-        )
+    require_positions(recipe, positions(values))
     if quantized is not None:
         require_nf4(recipe, quantized)
     text = values.get("text_config")
@@ -65,6 +60,19 @@ def require_trainable(recipe: Recipe, values: Mapping[str, Any]) -> None:
         raise ModelError(
             f"quant.quant_type is nf4, but {name!r} is a mixture of {experts} experts, which the libraries "
             "keep in 16 bits. Choose a dense model, or write quant.quant_type: none if the card holds it."
+        )
+
+
+def require_positions(recipe: Recipe, known: int | None) -> None:
+    """Refuse rows that may be longer than the base has positions.
+
+    Raises:
+        ModelError: Names the length that it has.
+    """
+    if known is not None and recipe.data.max_length > known:
+        raise ModelError(
+            f"data.max_length is {recipe.data.max_length:,}, but {recipe.model.name!r} has {known:,} "
+            f"positions. Write data.max_length={known}."
         )
 
 

@@ -16,13 +16,14 @@ from typing import Any
 
 import torch
 from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from qlora import cards, hardware, hub, nf4, rundir, vault, weights
+from qlora import cards, configfile, hardware, hub, nf4, rundir, vault, weights
 from qlora.attention import sdpa_on
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
@@ -33,6 +34,8 @@ MIN_KEPT_BYTES = 256 * 2**20  # of a checkpoint; a smaller one is quantized in a
 # Of a kept base: on its way from a card to the disk a whole file passes through the host's memory.
 FILE_SIZE = "400MB"
 UNREADABLE = (OSError, ValueError, SafetensorError)
+# Of a kept base: whatever it is, the original is there. A ModelError would blame the model.
+UNUSABLE = (*UNREADABLE, RuntimeError, KeyError, StrictDataclassError)
 
 
 @dataclass(frozen=True)
@@ -65,8 +68,8 @@ def read_config(recipe: Recipe) -> BaseConfig:
     """The model's configuration: a small file, so that plan and data can be checked before weights.
 
     Raises:
-        ModelError: Not a model folder, not on the hub, gated, the hub cannot be reached, or rows may
-            be longer than the model has positions.
+        ModelError: Not a model folder, not on the hub, gated, the hub cannot be reached, its
+            configuration contradicts itself, or rows may be longer than the model has positions.
     """
     name, revision = recipe.model.name, recipe.model.revision
     where = name
@@ -85,26 +88,25 @@ def read_config(recipe: Recipe) -> BaseConfig:
         _require_hub(name, revision)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
         raise ModelError(_explain(name, revision, error)) from None
     read = BaseConfig(config, config.to_dict(), getattr(config, "_commit_hash", None))
-    positions = getattr(config.get_text_config(), "max_position_embeddings", None)
-    if positions is not None and recipe.data.max_length > positions:
-        raise ModelError(
-            f"data.max_length is {recipe.data.max_length:,}, but {name!r} has {positions:,} positions. "
-            f"Write data.max_length={positions}."
-        )
+    known = getattr(config.get_text_config(), "max_position_embeddings", None)
+    configfile.require_positions(recipe, known)
     return read
 
 
 def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = True) -> Base:
     """Quantize the base to NF4 on the card, tensor by tensor, and freeze it.
 
-    The host holds one 16-bit tensor at a time. A checkpoint that is already bitsandbytes 4-bit is loaded
-    as it is; only its compute dtype is set to what this card has. Unquantized parts (embeddings, norms,
-    head) are kept in the compute dtype. With ``quant.cache`` the quantized base of a checkpoint of 256 MB
-    or more is kept on disk and found again; it is used if every byte is as it was written, and what was
-    done is in ``facts["from_cache"]`` and ``notes``.
+    While it quantizes, the host holds one 16-bit tensor at a time; what is not quantized here (a kept
+    base, a 4-bit checkpoint, plain LoRA) is read by up to four threads, a tensor each. A checkpoint that
+    is already bitsandbytes 4-bit is loaded as it is; only its compute dtype is set to what this card has.
+    Unquantized parts (embeddings, norms, head) are kept in the compute dtype. With ``quant.cache`` the
+    quantized base of a checkpoint of 256 MB or more is kept on disk and found again; it is used if every
+    byte is as it was written and nothing of the model is missing, and what was done is in
+    ``facts["from_cache"]`` and ``notes``. No trouble with what is kept ends a run: it is told, and the
+    original is quantized.
 
     Args:
         recipe: Which base, and how it is stored.
@@ -116,21 +118,22 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         The model in eval mode, every parameter with ``requires_grad=False``.
 
     Raises:
-        ModelError: No safetensors, torn ones, a linear that stayed 16-bit, mixture-of-experts weights (the
-            libraries leave them 16-bit), or a weight that is not finite.
+        ModelError: No safetensors, torn ones, tensors that are missing from them or have another shape, a
+            linear that stayed 16-bit, mixture-of-experts weights (the libraries leave them 16-bit), or a
+            weight that is not finite.
         HardwareError: The card cannot compute what the recipe asks, or its NF4 kernel is wrong.
     """
     dtype = getattr(torch, cards.compute_dtype(recipe, card))
     wanted = recipe.quant.quant_type == "nf4"
     quantized = wanted or config.is_prequantized
     if config.is_prequantized:
-        _require_nf4_checkpoint(config, recipe)
+        configfile.require_nf4(recipe, config.values["quantization_config"])
     attention = attention_on(card, recipe, config)
     where = _where(recipe)
-    key = _key(recipe, card, config, dtype)
     model, asked, size, notes = None, None, 0, ()
     place = 0 if card.kind == "cuda" else "cpu"
     try:
+        key = _key(recipe, card, config, dtype)
         if key is not None:
             with _bars(bars):
                 model, notes = _found(key, place, dtype, attention)
@@ -243,7 +246,11 @@ def _key(recipe: Recipe, card: Card, config: BaseConfig, dtype: torch.dtype) -> 
 def _found(
     key: str, place: int | str, dtype: torch.dtype, attention: str
 ) -> tuple[Any | None, tuple[str, ...]]:
-    """The kept base of a key, if it is there and whole, and what to tell."""
+    """The kept base of a key, if it is there and whole, and what to tell.
+
+    Raises:
+        OutOfMemoryError: No fault of what is kept, and the original needs no less.
+    """
     folder, notes = vault.find(key)
     if folder is None:
         return None, notes
@@ -252,8 +259,10 @@ def _found(
         files = weights.files(str(folder), None)
         model = weights.assemble(config, files, place, dtype, attention)
         model.generation_config = weights.generation_config(str(folder), None, model)
-    except UNREADABLE as error:
-        return None, (*notes, vault.discard(folder, str(error)))
+    except UNUSABLE as error:
+        if hardware.ran_out_of_memory(error):
+            raise
+        return None, (*notes, vault.discard(folder, _first_line(error)))
     return model, notes
 
 
@@ -292,21 +301,6 @@ def attention_on(card: Card, recipe: Recipe, config: BaseConfig) -> str:
     return sdpa_on(card) if asked == "sdpa" and takes_ours else asked
 
 
-def _require_nf4_checkpoint(config: BaseConfig, recipe: Recipe) -> None:
-    found = config.values["quantization_config"]
-    if found.get("quant_method") not in (None, "bitsandbytes") or not found.get("load_in_4bit"):
-        raise ModelError(
-            f"model.name is {recipe.model.name!r}, which is quantized as "
-            f"{found.get('quant_method', 'something else')!r}; only bitsandbytes 4-bit checkpoints can "
-            "be trained here. Name the 16-bit original; it is quantized while loading."
-        )
-    if recipe.quant.quant_type == "nf4" and found.get("bnb_4bit_quant_type") != "nf4":
-        raise ModelError(
-            f"quant.quant_type is nf4, but {recipe.model.name!r} was saved as "
-            f"{found.get('bnb_4bit_quant_type')!r}. Name the 16-bit original instead."
-        )
-
-
 def _require_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
@@ -324,6 +318,17 @@ def _require_finite(model: nn.Module) -> None:
 def _explain(name: str, revision: str, error: Exception) -> str:
     """The library's error in our three parts; the usual causes are named."""
     text = str(error)
+    if isinstance(error, weights.Incomplete):
+        return (
+            f"model.name is {name!r}, but {text}. Fetch it again, or save it again from a model that is "
+            "whole."
+        )
+    if isinstance(error, StrictDataclassError | ArithmeticError):
+        return (
+            f"model.name is {name!r}, but its config.json is refused: "
+            f"{_first_line(error.__cause__ or error).rstrip('.')}. Correct that file, or fetch the model "
+            "again."
+        )
     if "gated" in text.lower() or "401" in text or "403" in text:
         return (
             f"model.name is {name!r}, which is gated. Accept its licence on its hub page, then set "
@@ -344,5 +349,11 @@ def _explain(name: str, revision: str, error: Exception) -> str:
             f"model.name is {name!r}, whose repository wants to run its own code. Remote code is never "
             "run here; choose a model that transformers itself supports."
         )
-    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
-    return f"model.name is {name!r} (revision {revision}), which cannot be loaded: {first}"
+    return f"model.name is {name!r} (revision {revision}), which cannot be loaded: {_first_line(error)}"
+
+
+def _first_line(error: BaseException) -> str:
+    said = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    if isinstance(error, KeyError):  # which says a name alone
+        return f"KeyError {said}"
+    return said or type(error).__name__

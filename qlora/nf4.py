@@ -56,6 +56,42 @@ def error(in_features: int, device: torch.device) -> float:
     return lost / float(weight.square().sum())
 
 
+def unfit(model: nn.Module) -> list[str]:
+    """Which packed linears hold another matrix than theirs, or not all of it, in words.
+
+    The libraries look at no shape of a weight that they pack or find packed: the kernel would read
+    past its end.
+    """
+    found = []
+    for name, module in linears(model):
+        weight, ours = module.weight, (module.out_features, module.in_features)
+        state = getattr(weight, "quant_state", None)
+        if state is None:
+            found.append(f"{name}.weight is packed, and its scales are missing from the files")
+        elif tuple(state.shape) != ours:
+            found.append(
+                f"{name}.weight is {tuple(state.shape)} in its files where the model has {ours}"
+            )
+        elif not _is_whole(weight, state):
+            found.append(f"{name}.weight is packed, and a part of it is missing from the files")
+    return found
+
+
+def _is_whole(weight: Any, state: Any) -> bool:
+    """Whether there are as many packed bytes and scales as a weight's shape says, and of their kind.
+
+    Scales that were quantized again, and lack the scales of that, would pass for numbers of up to 255.
+    """
+    numel, storage = state.shape.numel(), weight.element_size()
+    blocks = -(-numel // state.blocksize)
+    if state.nested:
+        scaled = state.state2.absmax.numel() == -(-blocks // state.state2.blocksize)
+    else:
+        scaled = state.absmax.is_floating_point()
+    packed = (numel + 1) // (2 * storage) * storage
+    return weight.nbytes == packed and state.absmax.numel() == blocks and scaled
+
+
 def require_every_linear(model: Any) -> None:
     """Refuse linears that were meant to be 4-bit and are not, with what they weigh.
 

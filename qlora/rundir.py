@@ -17,6 +17,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import platform
 import re
 import shutil
 import time
@@ -169,8 +170,11 @@ def write_json(path: Path, value: object) -> None:
 
 @contextmanager
 def writing_aside(final: Path) -> Iterator[Path]:
-    """A folder to fill, renamed to ``final`` when the block ends well and removed when it does not."""
-    aside = final.with_name(f".{final.name}.{os.getpid()}.part")
+    """A folder to fill, renamed to ``final`` when the block ends well and removed when it does not.
+
+    Its name tells who writes: ``.<final>.<host>.<pid>.part``.
+    """
+    aside = final.with_name(f".{final.name}.{host()}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
@@ -183,6 +187,11 @@ def writing_aside(final: Path) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def host() -> str:
+    """This machine, as the names of folders tell it: a process id means nothing on another one."""
+    return re.sub(r"[^A-Za-z0-9_-]+", "-", platform.node())[:64] or "-"
 
 
 def seal(checkpoint: Path) -> None:

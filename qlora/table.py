@@ -7,6 +7,7 @@ is a folder of tables and their ledger; it appears under its name in the cache o
 from __future__ import annotations
 
 import atexit
+import contextlib
 import hashlib
 import os
 import shutil
@@ -149,7 +150,8 @@ def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path
         return folder, False
     folder = places.cache() / "data" / key
     if folder.is_dir():
-        os.utime(folder)
+        with contextlib.suppress(OSError):  # a cache that can only be read still serves
+            os.utime(folder)
         return folder, True
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

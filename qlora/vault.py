@@ -7,6 +7,8 @@ Layout of ``places.cache()``::
 
 Each entry has ``about.json``, for people, and the manifest of :mod:`qlora.rundir` with the SHA-256 of every
 file. It appears under its key when it is whole. Keeping is a favour: when it fails, a run goes on without.
+Other processes, on other machines even, may write and remove here at any time; nothing is locked, so what
+was listed may be gone when it is looked at.
 """
 
 from __future__ import annotations
@@ -19,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,8 @@ KEPT_BASES = 4
 SPARE_BYTES = 2**30  # left free on the disk: a run's checkpoints matter more
 ABANDONED_SECONDS = 24 * 3600  # after which nobody is still writing
 UNFINISHED = "writing it was interrupted"
-_PART = re.compile(r"^\.(?P<key>.+)\.(?P<pid>\d+)\.part$")
+# Of rundir.writing_aside. One without a host is an older version's: it is taken for another machine's.
+_PART = re.compile(r"^\.(?P<key>[^.]+)(\.(?P<host>[^.]+))?\.(?P<pid>\d+)\.part$")
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,7 @@ class Entry:
 
     def defect(self) -> str | None:
         """Why it cannot be used, or None; every byte of it is read."""
-        return UNFINISHED if self.is_unfinished else rundir.defect(self.folder)
+        return UNFINISHED if self.is_unfinished else _defect(self.folder)
 
 
 def key(ingredients: Mapping[str, Any]) -> str:
@@ -79,13 +82,17 @@ def find(key: str) -> tuple[Path | None, tuple[str, ...]]:
     A damaged one is removed, and so is what a killed writer of the same key left behind.
     """
     folder, notes = _root("base") / key, []
-    for part in folder.parent.glob(f".{key}.*.part"):
-        if _is_abandoned(part):
-            notes.append(f"a half-written copy in the cache is removed: {UNFINISHED}")
-            shutil.rmtree(part, ignore_errors=True)
-    if not folder.is_dir():
-        return None, tuple(notes)
-    if found := rundir.defect(folder):
+    try:
+        for part in folder.parent.glob(f".{key}.*.part"):
+            if _is_abandoned(part):
+                done = "is removed" if _is_removed(part) else "cannot be removed"
+                notes.append(f"a half-written copy in the cache {done}: {UNFINISHED}")
+        if not folder.is_dir():
+            return None, tuple(notes)
+    except OSError as error:
+        shown = places.shown(folder.parent)
+        return None, (*notes, f"the cache is not used: {shown} cannot be read ({_said(error)})")
+    if found := _defect(folder):
         return None, (*notes, discard(folder, found))
     with contextlib.suppress(OSError):  # a read-only cache is used all the same
         os.utime(folder)
@@ -94,8 +101,12 @@ def find(key: str) -> tuple[Path | None, tuple[str, ...]]:
 
 def discard(folder: Path, why: str) -> str:
     """Remove a base that cannot be used; what to tell about it."""
-    shutil.rmtree(folder, ignore_errors=True)
-    return f"the copy in the cache is not used ({why}); it is removed and made again"
+    told = f"the copy in the cache is not used ({why}); "
+    if _is_removed(folder):
+        return told + "it is removed and made again"
+    return (
+        told + f"{places.shown(folder)} cannot be removed, so the base is made again at each start"
+    )
 
 
 def keep(
@@ -107,6 +118,9 @@ def keep(
     failures: tuple[type[Exception], ...] = (),
 ) -> str:
     """Have ``write`` fill a folder that later starts will find; what to tell about it.
+
+    Nothing is kept, and that is told, when the disk has no room or cannot be written, or when a damaged
+    base that could not be removed has the name.
 
     Args:
         key: What :func:`key` gave for it.
@@ -132,16 +146,13 @@ def keep(
             describe(aside, name, settings)
             rundir.seal(aside)
     except expected as error:
-        if not folder.is_dir():  # else another process was faster with the same
-            said = getattr(error, "strerror", None) or str(error) or type(error).__name__
-            return f"not kept in the cache: {shown} cannot be written ({said})"
-    kept = sorted(
-        (entry for entry in entries("base") if not entry.is_unfinished), key=lambda e: e.used
-    )
-    gone = [entry for entry in kept[:-KEPT_BASES] if entry.folder != folder]
-    for entry in gone:
-        shutil.rmtree(entry.folder, ignore_errors=True)
+        if _defect(folder):  # else another process was faster with the same
+            return f"not kept in the cache: {shown} cannot be written ({_said(error)})"
     told = f"kept in {shown} ({human(size)}): the next start reads that"
+    try:
+        gone = _evict(folder)
+    except OSError as error:
+        return f"{told}; older ones stay ({_said(error)})"
     return told + "".join(f"; {entry.name} went for it" for entry in gone)
 
 
@@ -153,7 +164,8 @@ def entries(*kinds: str) -> list[Entry]:
         for folder in sorted(root.iterdir()) if root.is_dir() else []:
             part = _PART.match(folder.name)
             if folder.is_dir() and (_is_abandoned(folder) if part else folder.name[0] != "."):
-                found.append(_entry(kind, folder, part["key"] if part else folder.name))
+                with contextlib.suppress(FileNotFoundError):  # renamed or removed by its writer
+                    found.append(_entry(kind, folder, part["key"] if part else folder.name))
     return sorted(found, key=lambda entry: (entry.kind, entry.name))
 
 
@@ -215,7 +227,50 @@ def _root(kind: str) -> Path:
     return places.cache() / FOLDERS[kind]
 
 
+def _said(error: Exception) -> str:
+    return getattr(error, "strerror", None) or str(error) or type(error).__name__
+
+
+def _defect(folder: Path) -> str | None:
+    """:func:`rundir.defect`, and why a file of it cannot be read."""
+    try:
+        return rundir.defect(folder)
+    except OSError as error:
+        return f"{Path(error.filename or folder).name} cannot be read: {_said(error)}"
+
+
+def _is_removed(folder: Path) -> bool:
+    """Take a folder off the disk if that can be done; whether it is gone."""
+    shutil.rmtree(folder, ignore_errors=True)
+    try:
+        folder.lstat()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return False
+
+
+def _evict(newest: Path) -> list[Entry]:
+    """Remove the least recently used bases, down to ``KEPT_BASES``; those that are really gone."""
+    kept = sorted((e for e in entries("base") if not e.is_unfinished), key=lambda e: e.used)
+    return [e for e in kept[:-KEPT_BASES] if e.folder != newest and _is_removed(e.folder)]
+
+
+def _stats(folder: Path) -> Iterator[os.stat_result]:
+    """Of each file below that is still there."""
+    for place, _, names in os.walk(folder):  # which passes over a folder that vanishes
+        for name in names:
+            with contextlib.suppress(OSError):
+                yield Path(place, name).stat()
+
+
 def _entry(kind: str, folder: Path, key: str) -> Entry:
+    """What a folder holds.
+
+    Raises:
+        FileNotFoundError: It is not there any more.
+    """
     try:
         about = rundir.read_json(folder / ABOUT)
     except CheckpointError:  # an older one, a torn one, or not written yet: `verify` says which
@@ -223,8 +278,8 @@ def _entry(kind: str, folder: Path, key: str) -> Entry:
     whole = not folder.name.startswith(".")
     stem = str(about.get("name", kind)).rstrip("/").rpartition("/")[2].lower()
     slug = re.sub(r"[^a-z0-9.]+", "-", stem).strip("-.") or kind
-    stats = [path.stat() for path in folder.rglob("*") if path.is_file()]
-    used = folder.stat().st_mtime
+    stats = list(_stats(folder))
+    used = folder.stat().st_mtime  # after its files: they vanish before it, or with it
     return Entry(
         kind=kind,
         name=f"{slug}-{key[:8]}" if whole else f"unfinished-{key[:8]}",
@@ -237,16 +292,24 @@ def _entry(kind: str, folder: Path, key: str) -> Entry:
 
 
 def _is_abandoned(part: Path) -> bool:
-    """Whether nobody writes into it any more: its process is gone, or has been silent for a day."""
+    """Whether it is there and nobody writes into it any more.
+
+    Its process is gone, if it ran on this machine, or has been silent for a day.
+    """
     match = _PART.match(part.name)
     if match is None:
         return False
-    if os.name == "posix":  # elsewhere os.kill would end the process it asks about
+    # Elsewhere than on posix os.kill would end the process it asks about.
+    if match["host"] == rundir.host() and os.name == "posix":
         try:
             os.kill(int(match["pid"]), 0)
         except (ProcessLookupError, OverflowError):
-            return True
+            return part.is_dir()  # its last act may have been to give it its name
         except OSError:
             pass  # another user's, so it is there
-    newest = max((path.stat().st_mtime for path in part.rglob("*")), default=part.stat().st_mtime)
+    newest = max((stat.st_mtime for stat in _stats(part)), default=0.0)
+    try:
+        newest = max(newest, part.stat().st_mtime)
+    except OSError:
+        return False
     return time.time() - newest > ABANDONED_SECONDS

@@ -1,4 +1,4 @@
-"""A checkpoint's safetensors: which files, and a model assembled from them a tensor at a time.
+"""A checkpoint's safetensors: which files, and a model assembled from them, tensor by tensor.
 
 ``from_pretrained`` maps every file of a checkpoint into memory and keeps the maps while it loads; on a CPU
 for as long as the model lives, because its norms are views of them. The host then holds the 16-bit
@@ -10,7 +10,8 @@ from __future__ import annotations
 import ctypes
 import errno
 import sys
-from collections.abc import Sequence
+import traceback
+from collections.abc import Collection, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,13 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils.hub import get_checkpoint_shard_files
 
+from qlora import hardware, nf4
+
 LARGE_BYTES = 2**20
+
+
+class Incomplete(ValueError):
+    """The files do not hold the model; says which of its tensors lack, or do not fit it."""
 
 
 class Stored:
@@ -103,10 +110,12 @@ def assemble(
     attention: str,
     quantization: Any = None,
 ) -> Any:
-    """The model of a configuration from the tensors of some files, each read, placed and dropped.
+    """The model of a configuration from the tensors of some files, every one of them from there.
 
     Renaming, fusing and quantizing are from_pretrained's own. It is given tensors and no name, so no
-    adapter that happens to lie beside the weights is loaded, and nothing else is looked for.
+    adapter that happens to lie beside the weights is loaded, and nothing else is looked for. Tensors
+    of the files that the model has no place for are left out. Each tensor is read, placed and dropped:
+    one at a time while quantizing, else by up to four threads at once (transformers 5.23).
 
     Args:
         config: What ``AutoConfig`` read; one with a ``quantization_config`` is of a 4-bit checkpoint.
@@ -118,7 +127,10 @@ def assemble(
 
     Raises:
         ValueError: transformers has no such model.
+        Incomplete: Tensors of the model are missing from the files, or have another shape there.
+            transformers alone would make random ones and train them.
         SafetensorError: A file is torn.
+        OutOfMemoryError: The place has no memory left.
     """
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
     if architecture is None:
@@ -128,15 +140,71 @@ def assemble(
         whole, config = config, config.get_text_config()
         if getattr(whole, "quantization_config", None) is not None:
             config.quantization_config = whole.quantization_config
-    return architecture.from_pretrained(
-        None,
-        config=config,
-        state_dict=tensors(files),
-        dtype=dtype,
-        device_map={"": place},
-        attn_implementation=attention,
-        **({} if quantization is None else {"quantization_config": quantization}),
-    )
+    try:
+        model, info = architecture.from_pretrained(
+            None,
+            config=config,
+            state_dict=tensors(files),
+            dtype=dtype,
+            device_map={"": place},
+            attn_implementation=attention,
+            ignore_mismatched_sizes=True,  # refused below, with both shapes
+            output_loading_info=True,
+            **({} if quantization is None else {"quantization_config": quantization}),
+        )
+    except RuntimeError as error:
+        _explain(error)
+        raise
+    _require_all(info["missing_keys"], info["mismatched_keys"])
+    if unfit := nf4.unfit(model):
+        raise Incomplete(_listed(unfit, "; "))
+    return model
+
+
+def _require_all(missing: Collection[str], mismatched: Collection[tuple[str, Any, Any]]) -> None:
+    """Return in silence if every tensor came from the files. Tied ones are not among the missing."""
+    # Rotary frequencies follow from the configuration. Some models list them as weights.
+    lost = sorted(name for name in missing if not name.endswith("inv_freq"))
+    if lost:
+        raise Incomplete(
+            f"{len(lost)} of its tensors {'is' if len(lost) == 1 else 'are'} missing from its files and "
+            f"would start as random numbers: {_listed(lost)}"
+        )
+    if mismatched:
+        shapes = [
+            f"{name} is {tuple(theirs)} in its files where the model has {tuple(ours)}"
+            for name, theirs, ours in sorted(mismatched, key=lambda one: str(one[0]))
+        ]
+        raise Incomplete(_listed(shapes, "; "))
+
+
+def _explain(error: RuntimeError) -> None:
+    """Raise what lies behind an error of ``from_pretrained``, or return if that is not known.
+
+    transformers 5.23 puts what it knows into its log alone ("for details look at the above report"), and a
+    packed linear that is missing as a whole ends in an initialization that has no kernel. Both times
+    its account of the tensors is a variable of the frame that gave up. Drop this when the error has it.
+    """
+    if hardware.ran_out_of_memory(error):
+        return
+    # The first frame is the caller's: its variables hold the error, and looking at them keeps them.
+    for frame, _ in traceback.walk_tb(error.__traceback__ and error.__traceback__.tb_next):
+        info = frame.f_locals.get("loading_info")
+        if info is None or not hasattr(info, "conversion_errors"):
+            continue
+        for said in info.conversion_errors.values():  # each with its traceback, as text
+            if "OutOfMemoryError" in said or hardware.ran_out_of_memory(RuntimeError(said)):
+                raise torch.OutOfMemoryError("out of memory while a weight was unpacked") from None
+        if unread := sorted(info.conversion_errors):
+            raise Incomplete(f"its files do not hold all parts of {_listed(unread)}")
+        tied = getattr(frame.f_locals.get("model"), "all_tied_weights_keys", {})
+        _require_all(info.missing_keys - tied.keys(), info.mismatched_keys)
+
+
+def _listed(what: Sequence[str], between: str = ", ") -> str:
+    """The first few, and how many more there are."""
+    more = f"{between}and {len(what) - 4:,} more" if len(what) > 4 else ""
+    return between.join(what[:4]) + more
 
 
 def generation_config(where: str, revision: str | None, model: Any) -> Any:

@@ -174,6 +174,26 @@ def test_a_repository_that_wants_to_run_its_own_code_is_refused(make_recipe, cpu
         load(make_recipe(model__name=str(folder)), cpu)
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"hidden_size": 250, "num_attention_heads": 3}, r"\(250\) is not a multiple of .* \(3\)"),
+        ({"hidden_size": "many"}, "Field 'hidden_size' expected int, got str"),
+        ({"num_attention_heads": 0, "head_dim": None}, "modulo by zero"),
+    ],
+    ids=str,
+)
+def test_a_configuration_that_no_model_can_have_is_refused_in_words(
+    make_recipe, tmp_path, changes, said
+):
+    folder = save_tiny(tmp_path / "odd")
+    values = json.loads((folder / "config.json").read_text()) | changes
+    kept = {name: value for name, value in values.items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(kept))
+    with pytest.raises(ModelError, match=rf"its config.json is refused: .*{said}.*Correct that"):
+        loader.read_config(make_recipe(model__name=str(folder)))
+
+
 def test_a_folder_that_is_no_model_says_what_it_holds(make_recipe, cpu, tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "todo.txt").write_text("x")

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import subprocess
 import sys
+import time
 from collections import namedtuple
 from io import StringIO
 from pathlib import Path
@@ -15,11 +17,13 @@ import pytest
 import torch
 from conftest import save_tiny
 from rich.console import Console
+from safetensors.torch import load_file, save_file
 from test_weights import everything, require_equal
+from transformers import LlamaForCausalLM
 
 from qlora import cli, data, loader, nf4, places, rundir, table, tokenizer, trainer, vault
 from qlora.cards import Card
-from qlora.errors import CacheError
+from qlora.errors import CacheError, ModelError
 from qlora.settings import Recipe
 
 Disk = namedtuple("Disk", "total used free")
@@ -186,7 +190,6 @@ def test_a_disk_that_fills_up_while_writing_is_told_and_nothing_is_left(
     load, monkeypatch, kind
 ) -> None:
     from safetensors import SafetensorError
-    from transformers import LlamaForCausalLM
 
     errors = {
         "OSError": OSError(28, "No space left on device"),
@@ -265,6 +268,165 @@ def test_a_base_that_is_whole_and_yet_no_model_is_made_again(load, kept) -> None
     assert load().facts["from_cache"]
 
 
+def change(folder: Path, edit: Any) -> None:
+    """Another content for the weights of a kept base, sealed again: no hash tells."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    (folder / "manifest.json").unlink()
+    rundir.seal(folder)
+
+
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def without(*names: str) -> Any:
+    return lambda tensors: [tensors.pop(name) for name in names]
+
+
+def cut(name: str) -> Any:
+    return lambda tensors: tensors.update({name: tensors[name][:8].clone()})
+
+
+WRONG = {
+    "missing from its files and would start as random numbers: model.norm.weight": without(
+        "model.norm.weight"
+    ),
+    f"missing from its files and would start as random numbers: {DOWN}": lambda tensors: [
+        tensors.pop(name) for name in list(tensors) if name.startswith(DOWN)
+    ],
+    f"its files do not hold all parts of {DOWN}": without(f"{DOWN}.absmax"),
+    "lm_head.weight is (8, 64) in its files where the model has (2048, 64)": cut("lm_head.weight"),
+    f"{DOWN} is packed, and a part of it is missing": cut(DOWN),
+}
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_base_that_is_whole_and_yet_not_the_model_is_told_and_made_again(
+    load, kept, said
+) -> None:
+    reference = load().model
+    change(kept, WRONG[said])
+    base = load()
+    told, again = base.notes
+    assert said in told and "removed and made again" in told and again.startswith("kept in ")
+    assert not base.facts["from_cache"]
+    require_equal(base.model, reference)
+    assert load().facts["from_cache"]
+
+
+@pytest.mark.parametrize("said", WRONG)
+def test_a_base_that_cannot_be_used_leaves_the_memory_before_the_original_comes(
+    load, kept, monkeypatch, said
+) -> None:
+    """Half a model that lingers would take a small card's room."""
+    change(kept, WRONG[said])
+    assemble = loader.weights.assemble
+    gc.collect()
+    alive = []
+
+    def watched(*args: Any, **kwargs: Any) -> Any:
+        alive.append(sum(type(one) is LlamaForCausalLM for one in gc.get_objects()))
+        return assemble(*args, **kwargs)
+
+    monkeypatch.setattr(loader.weights, "assemble", watched)
+    gc.disable()
+    try:
+        load()
+    finally:
+        gc.enable()
+    assert len(alive) == 2 and alive[0] == alive[1]
+
+
+def test_a_file_that_cannot_be_read_is_told_and_no_fault_of_the_model(
+    load, kept, monkeypatch
+) -> None:
+    real = rundir.sha256
+
+    def refuse(path: Path) -> str:
+        if path == kept / "model.safetensors":
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rundir, "sha256", refuse)
+        (entry,) = vault.entries()
+        assert entry.defect() == "model.safetensors cannot be read: Permission denied"
+        base = load()
+    assert "(model.safetensors cannot be read: Permission denied); it is removed" in base.notes[0]
+    assert not base.facts["from_cache"]
+
+
+def test_a_base_that_another_process_removes_while_it_is_read_is_told(
+    load, kept, monkeypatch
+) -> None:
+    find = vault.find
+
+    def found(key: str) -> Any:
+        answer = find(key)
+        shutil.rmtree(kept)
+        return answer
+
+    monkeypatch.setattr(vault, "find", found)
+    base = load()
+    assert base.notes[0].startswith("the copy in the cache is not used (")
+    assert base.notes[1].startswith("kept in ") and not base.facts["from_cache"]
+
+
+def test_a_cache_that_cannot_be_looked_at_is_told(load, kept, monkeypatch) -> None:
+    real = Path.is_dir
+
+    def refuse(path: Path) -> bool:
+        if path == kept:
+            raise PermissionError(13, "Permission denied", str(path))
+        return real(path)
+
+    monkeypatch.setattr(Path, "is_dir", refuse)
+    first, *_ = load().notes
+    assert first.startswith("the cache is not used: ") and "(Permission denied)" in first
+
+
+def test_a_card_without_memory_for_a_kept_base_does_not_cost_the_base(
+    load, kept, monkeypatch
+) -> None:
+    """The libraries keep the words of any error while unpacking, and raise another one."""
+    from qlora.bnb import bnb
+
+    def full(*_: Any, **__: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(bnb.nn.Params4bit, "from_prequantized", full)
+        with pytest.raises(torch.OutOfMemoryError):
+            load()
+    assert load().facts["from_cache"]
+
+
+def test_a_damaged_base_that_cannot_be_removed_is_not_said_to_be_gone_nor_kept(
+    load, kept, monkeypatch
+) -> None:
+    flip(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: None)
+        base = load()
+    told, again = base.notes
+    assert "model.safetensors is damaged" in told and "cannot be removed" in told
+    assert "it is removed" not in told
+    assert again.startswith("not kept in the cache: ") and "(Directory not empty)" in again
+    assert not base.facts["from_cache"]
+
+
+def test_an_old_base_that_cannot_be_removed_did_not_go_for_another(load, monkeypatch) -> None:
+    monkeypatch.setattr(vault, "KEPT_BASES", 1)
+    load()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: None)
+        (note,) = load(quant__double_quant=False).notes
+    assert note.startswith("kept in ") and "went for it" not in note
+    assert len(bases()) == 2
+
+
 @pytest.mark.skipif(os.name != "posix", reason="elsewhere a day has to pass")
 def test_what_a_killed_writer_left_is_told_removed_and_made_again(load, kept) -> None:
     """Killed in the middle of writing: a folder that never got its name."""
@@ -289,18 +451,181 @@ with rundir.writing_aside(Path({str(kept)!r})) as aside:
 
 
 def test_a_writer_that_still_runs_is_left_alone(load, kept) -> None:
-    busy = kept.with_name(f".{kept.name}.{os.getppid()}.part")
+    busy = kept.with_name(f".{kept.name}.{rundir.host()}.{os.getppid()}.part")
     busy.mkdir()
     assert load().notes == () and busy.is_dir()
     assert [entry.folder for entry in vault.entries()] == [kept]
 
 
-def test_two_starts_at_once_keep_one_whole_base(load, kept, tmp_path) -> None:
-    """Another process was faster: its folder is there when ours wants the name."""
-    note = vault.keep(kept.name, "tiny", "", 1, lambda folder: None)
-    assert note.startswith("kept in ")
-    assert rundir.defect(kept) is None
+@pytest.fixture
+def gone_pid() -> int:
+    """Of a process that has ended."""
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    return ended.pid
+
+
+@pytest.mark.parametrize("host", ["another-machine.", ""])
+def test_a_writer_on_another_machine_is_left_alone_for_a_day(load, kept, gone_pid, host) -> None:
+    """Its process id says nothing here. An older version did not write down the machine."""
+    part = kept.with_name(f".{kept.name}.{host}{gone_pid}.part")
+    part.mkdir()
+    (part / "model.safetensors").write_bytes(b"half")
+    day = time.time() - vault.ABANDONED_SECONDS - 60
+    os.utime(part, (day, day))
+    assert load().notes == () and part.is_dir()  # the file is young
+    assert [entry.folder for entry in vault.entries()] == [kept]
+    os.utime(part / "model.safetensors", (day, day))
+    assert [entry.is_unfinished for entry in vault.entries()] == [False, True]
+    (note,) = load().notes
+    assert "half-written" in note and not part.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a day has to pass")
+def test_what_a_killed_writer_left_and_nobody_may_remove_is_told(
+    load, kept, gone_pid, monkeypatch
+) -> None:
+    part = kept.with_name(f".{kept.name}.{rundir.host()}.{gone_pid}.part")
+    part.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "rmtree", lambda path, **_: None)
+        base = load()
+    (note,) = base.notes
+    assert "half-written copy in the cache cannot be removed" in note and base.facts["from_cache"]
+
+
+# --- several processes
+
+
+def keeping(key: str, before: str = "", after: str = "") -> list[str]:
+    """A process that keeps thirty files under a key, says the note, and does what else it is told."""
+    code = f"""
+import shutil, time
+from qlora import places, vault
+def write(folder):
+    for number in range(30):
+        (folder / f"{{number}}.bin").write_bytes(b"x" * 2000)
+{before}
+print(vault.keep({key!r}, "tiny", "", 1, write))
+{after}
+"""
+    return [sys.executable, "-c", code]
+
+
+def test_of_two_starts_at_once_the_slower_keeps_the_base_of_the_faster(load) -> None:
+    """The other process begins and ends while ours is in the middle of writing."""
+    key = "a" * 32
+
+    def write(folder: Path) -> None:
+        (folder / "half").write_bytes(b"ours")
+        other = subprocess.run(keeping(key), capture_output=True, text=True, check=True)
+        assert other.stdout.startswith("kept in ") and folder.is_dir()
+        assert [entry.folder for entry in vault.entries()] == bases()
+        (folder / "other half").write_bytes(b"ours")
+
+    note = vault.keep(key, "tiny", "", 1, write)
+    (kept,) = bases()
+    assert note.startswith("kept in ") and rundir.defect(kept) is None
     assert list(kept.parent.iterdir()) == [kept]
+    assert (kept / "29.bin").is_file() and not (kept / "half").exists()
+
+
+def test_many_starts_at_once_keep_one_whole_base() -> None:
+    begin = time.time() + 2  # when all of them have been imported
+    wait = f"while time.time() < {begin}: pass"
+    starts = [
+        subprocess.Popen(keeping("a" * 32, wait), stdout=subprocess.PIPE, text=True)
+        for _ in range(4)
+    ]
+    notes = [start.communicate()[0] for start in starts]
+    assert [note.startswith("kept in ") for note in notes] == [True] * 4
+    (kept,) = bases()
+    assert rundir.defect(kept) is None and list(kept.parent.iterdir()) == [kept]
+
+
+def test_what_others_rename_and_remove_meanwhile_ends_no_look_at_the_cache() -> None:
+    key = "a" * 32
+    folder = places.cache() / "bases" / key
+    again = f"""
+end = time.time() + 2
+while time.time() < end:
+    shutil.rmtree({str(folder)!r}, ignore_errors=True)
+    vault.keep({key!r}, "tiny", "", 1, write)
+"""
+    looks = 0
+    with subprocess.Popen(keeping(key, after=again), stdout=subprocess.DEVNULL) as other:
+        while other.poll() is None:
+            vault.find(key)
+            assert {entry.name for entry in vault.entries()} <= {"tiny-aaaaaaaa", "base-aaaaaaaa"}
+            looks += 1
+    assert other.returncode == 0 and looks > 100
+
+
+def vanishing(monkeypatch: pytest.MonkeyPatch, name: str, folder: Path) -> None:
+    """Have a folder renamed away at the moment when somebody looks at a file of it."""
+    real = Path.stat
+
+    def stat(path: Path, **how: Any) -> os.stat_result:
+        if path.name == name and folder.is_dir():
+            folder.rename(folder.with_name("elsewhere"))
+        return real(path, **how)
+
+    monkeypatch.setattr(Path, "stat", stat)
+
+
+def test_a_part_that_gets_its_name_while_it_is_looked_at_is_not_abandoned(
+    load, kept, monkeypatch
+) -> None:
+    busy = kept.with_name(f".{kept.name}.{rundir.host()}.{os.getppid()}.part")
+    busy.mkdir()
+    (busy / "weights").write_bytes(b"x")
+    with monkeypatch.context() as patch:
+        vanishing(patch, "weights", busy)
+        assert load().notes == ()
+    assert not busy.exists()
+
+
+@pytest.mark.skipif(os.name != "posix", reason="elsewhere a day has to pass")
+def test_a_part_whose_writer_ends_by_giving_it_its_name_is_not_said_to_be_removed(
+    load, kept, monkeypatch
+) -> None:
+    busy = kept.with_name(f".{kept.name}.{rundir.host()}.{os.getppid()}.part")
+    busy.mkdir()
+
+    def ends(pid: int, signal: int) -> None:
+        busy.rmdir()
+        raise ProcessLookupError
+
+    monkeypatch.setattr(os, "kill", ends)
+    assert load().notes == ()
+
+
+def test_an_entry_that_vanishes_while_it_is_looked_at_is_none(kept, monkeypatch) -> None:
+    with monkeypatch.context() as patch:
+        vanishing(patch, "model.safetensors", kept)
+        assert vault.entries() == []
+    assert not kept.exists()
+
+
+def test_a_base_is_kept_though_the_others_cannot_be_counted(load, monkeypatch) -> None:
+    def refuse(*_: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(vault, "entries", refuse)
+    (note,) = load().notes
+    assert note.startswith("kept in ") and note.endswith("older ones stay (Permission denied)")
+    assert len(bases()) == 1
+
+
+def test_weights_that_cannot_be_looked_at_are_the_models_fault(load, monkeypatch) -> None:
+    """The key of a local folder is made from what lies in it."""
+
+    def refuse(path: Path) -> str:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(rundir, "sha256", refuse)
+    with pytest.raises(ModelError, match="Permission denied"):
+        load()
 
 
 # --- the story

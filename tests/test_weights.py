@@ -188,6 +188,134 @@ def test_a_file_that_the_index_names_and_nobody_copied_is_named(make_recipe, cpu
         load(make_recipe(model__name=str(folder)), cpu)
 
 
+DOWN = "model.layers.1.mlp.down_proj.weight"
+
+
+def changed(folder: Path, edit: Any) -> Path:
+    """A checkpoint after something was done to its tensors."""
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    edit(tensors)
+    save_file(tensors, file, metadata={"format": "pt"})
+    return folder
+
+
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+@pytest.mark.parametrize(
+    "names",
+    [
+        ["model.norm.weight"], ["model.embed_tokens.weight"], ["lm_head.weight"], [DOWN],
+        [DOWN, "lm_head.weight", "model.norm.weight"],
+    ],
+    ids=str,
+)  # fmt: skip
+def test_tensors_that_are_missing_are_named_and_never_made_up(
+    make_recipe, cpu, tmp_path, names, quant_type
+) -> None:
+    folder = changed(save_tiny(tmp_path / "m"), lambda t: [t.pop(name) for name in names])
+    with pytest.raises(ModelError) as refused:
+        load(make_recipe(model__name=str(folder), quant__quant_type=quant_type), cpu)
+    said = str(refused.value)
+    count = f"{len(names)} of its tensors {'is' if len(names) == 1 else 'are'} missing"
+    assert f"model.name is {str(folder)!r}, but {count} from its files" in said
+    assert f"random numbers: {', '.join(sorted(names))}. Fetch it again" in said
+
+
+def test_of_many_missing_tensors_the_first_few_are_named(make_recipe, cpu, tmp_path) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        for name in [name for name in tensors if ".layers.1." in name]:
+            tensors.pop(name)
+
+    folder = changed(save_tiny(tmp_path / "m"), edit)
+    with pytest.raises(ModelError, match=r"9 of its tensors are .*, and 5 more\. Fetch") as refused:
+        load(make_recipe(model__name=str(folder)), cpu)
+    assert str(refused.value).count("model.layers.1.") == 4
+
+
+def test_a_head_that_is_the_embedding_and_what_no_model_has_a_place_for_are_no_loss(
+    make_recipe, cpu, tmp_path
+) -> None:
+    def edit(tensors: dict[str, Any]) -> None:
+        tensors["score.weight"] = torch.ones(2, 64)
+        tensors["model.layers.0.self_attn.rotary_emb.inv_freq"] = torch.ones(16)
+
+    folder = save_tiny(tmp_path / "tied", tie_word_embeddings=True)
+    assert "lm_head.weight" not in load_file(folder / "model.safetensors")
+    reference = plain(folder)
+    require_equal(load(make_recipe(model__name=str(changed(folder, edit))), cpu).model, reference)
+
+
+def test_rotary_frequencies_follow_from_the_configuration_and_cannot_be_missing() -> None:
+    weights._require_all({"model.layers.0.self_attn.rotary_emb.inv_freq"}, set())
+    with pytest.raises(weights.Incomplete, match=r"1 of .*: model\.norm\.weight$"):
+        weights._require_all({"model.rotary_emb.inv_freq", "model.norm.weight"}, set())
+
+
+@pytest.mark.parametrize("shape", [(64, 256), (128, 64), (8192,)])
+@pytest.mark.parametrize("quant_type", ["nf4", "none"])
+def test_a_matrix_of_another_shape_is_refused_with_both(
+    make_recipe, cpu, tmp_path, shape, quant_type
+) -> None:
+    """from_pretrained packs a matrix of any shape and says nothing."""
+    folder = changed(save_tiny(tmp_path / "m"), lambda t: t.update({DOWN: torch.ones(shape)}))
+    with pytest.raises(ModelError) as refused:
+        load(make_recipe(model__name=str(folder), quant__quant_type=quant_type), cpu)
+    said = str(refused.value)
+    assert f"but {DOWN} is {shape} in its files where the model has (64, 128). Fetch" in said
+
+
+def test_a_norm_of_another_length_is_refused_with_both(make_recipe, cpu, tmp_path) -> None:
+    name = "model.norm.weight"
+    folder = changed(save_tiny(tmp_path / "m"), lambda t: t.update({name: torch.ones(65)}))
+    with pytest.raises(ModelError, match=r"norm.weight is \(65,\) in .* model has \(64,\)"):
+        load(make_recipe(model__name=str(folder)), cpu)
+
+
+PARTS = [
+    "absmax",
+    "nested_absmax",
+    "quant_map",
+    "nested_quant_map",
+    "quant_state.bitsandbytes__nf4",
+]
+TORN = {
+    **{part: ([part], "do not hold all parts of") for part in PARTS},
+    "nested_absmax": (["nested_absmax"], "a part of it is missing"),
+    "weight": ([""], "do not hold all parts of"),
+    "everything but the weight": (PARTS, "its scales are missing"),
+    "everything": (["", *PARTS], "1 of its tensors is missing"),
+}
+
+
+@pytest.mark.parametrize("what", TORN)
+def test_a_packed_weight_without_one_of_its_parts_is_named(
+    make_recipe, cpu, tmp_path, tiny, what
+) -> None:
+    parts, words = TORN[what]
+    plain(tiny).save_pretrained(tmp_path / "packed")
+    names = [f"{DOWN}.{part}".rstrip(".") for part in parts]
+    folder = changed(tmp_path / "packed", lambda t: [t.pop(name) for name in names])
+    with pytest.raises(ModelError) as refused:
+        load(make_recipe(model__name=str(folder)), cpu)
+    assert words in str(refused.value) and DOWN in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("part", "keep"), [("", 0), ("", 4095), (".absmax", 0), (".absmax", 127), (".nested_absmax", 0)]
+)
+def test_a_packed_weight_that_is_too_short_is_named(
+    make_recipe, cpu, tmp_path, tiny, part, keep
+) -> None:
+    """The kernel would read past its end."""
+    plain(tiny).save_pretrained(tmp_path / "packed")
+    name = DOWN + part
+    whole = load_file(tmp_path / "packed" / "model.safetensors")[name]
+    assert len(whole) > keep
+    folder = changed(tmp_path / "packed", lambda t: t.update({name: whole[:keep].clone()}))
+    with pytest.raises(ModelError, match=f"{DOWN} is packed, and a part of it is missing"):
+        load(make_recipe(model__name=str(folder)), cpu)
+
+
 def test_a_model_that_cannot_write_is_refused_in_words() -> None:
     with pytest.raises(ValueError, match="no causal language model for ViTConfig"):
         weights.assemble(AutoConfig.for_model("vit"), [], "cpu", torch.float32, "sdpa")
