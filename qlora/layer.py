@@ -99,6 +99,8 @@ class Layer:
             before + 3 * wide,  # their sum, or the gradients of both factors and of the product
             arriving + self._post_norm,
         ]
+        if self.dropped and targeted:  # made again, the product stands beside its dropped-out copy
+            moments.append(wide + 3 * arriving)
         if self.own_inputs and targeted:
             # On its way to the adapter the product is copied to fp32 and back.
             moments.append(wide + self.tokens * (4 * i + 4 * h * e))

@@ -151,8 +151,9 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
         loss = norm + tokens * h * element + logits
     else:
         tile = min(tokens, LOSS_TILE[0]) * LOSS_TILE[1] * element
-        rows_of_hidden = max(tokens * h * 2 * element + copies, tokens * h * (element + 4))
-        loss = shared + norm + tile + rows_of_hidden
+        loss = norm + tile + max(tokens * h * 2 * element + copies, tokens * h * (element + 4))
+        # The last norm goes backwards beside everything kept, in five fp32 tensors.
+        loss = shared + max(loss, norm + 5 * 4 * tokens * h)
     working = max(forward, backward)
     answering = _answering_bytes(recipe, shape, element, shape.heads if layer.scores else 0)
     answering += layer.largest_unpacked

@@ -249,12 +249,12 @@ def main() -> None:
     if arguments.again:
         earlier = json.loads(arguments.again.read_text(encoding="utf-8"))
         cells = [judged(c) for c in earlier["cells"]]
-        more = {key: earlier[key] for key in ("lines", "processes", "variations") if key in earlier}
+        more = {key: earlier[key] for key in ("processes", "lines") if key in earlier}
     else:
         families = arguments.only or list(SIZES)
         more = {"processes": processes(), "lines": [straight(family) for family in families]}
-        more["variations"] = variations()
         cells = _every_cell(families)
+    more["variations"] = variations()
     rows = []
     for family in dict.fromkeys(c["family"] for c in cells):
         ratios = [c["quick_by_traced"] for c in cells if c["family"] == family]
