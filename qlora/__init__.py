@@ -9,7 +9,7 @@ one above; the ground floor never imports torch. A test reads this map and holds
     1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, offload, phantom, tracing,
                    tokenizer, rendering, shortening, parity, table, intake, preparation, data, packing,
                    generation, screen, timeline, callbacks, tracking
-    0 ground       recipe, settings, document, cookbook, configfile, memory, layer, shape, cards,
+    0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, shape, cards,
                    fitting, speed, siblings, plansheet, records, sources, ledger, rundir, places, vault,
                    hub, errors
 

@@ -2,8 +2,9 @@
 
 Every figure here is a prediction from shapes. What is alive at the peak of a step: the frozen base,
 the adapter with its gradients and optimizer state, the activations kept for the backward pass, the
-working set of the one layer that is busy, and the CUDA context. The loss and the evaluation peak at
-other moments than the layers do, so only what they need *beyond* the layers counts.
+working set of the one layer that is busy, and the CUDA context. The loss, the evaluation and the
+optimizer's step peak at other moments than the layers do (:mod:`qlora.step`), so only what they need
+*beyond* the layers counts.
 """
 
 from __future__ import annotations
@@ -15,14 +16,12 @@ from typing import Any
 
 from qlora.cards import GIB, Card, DType, compute_dtype, optimizer
 from qlora.errors import DoesNotFit
-from qlora.layer import Layer
 from qlora.settings import Recipe
 from qlora.shape import Shape, adapter_parameters, nf4_bytes, target_names
-from qlora.speed import checkpointed_layers
+from qlora.step import Step, layer_of
 
 CONTEXT_BYTES = 450_000_000  # CUDA context with cuBLAS and kernels
 SLACK_BYTES = 450_000_000  # the caching allocator's fragmentation, and what a desktop takes
-LOSS_TILE = (4096, 32768)  # (tokens, vocabulary entries) trl 1.16 projects at most at a time
 
 
 def state_bytes(optim: str, weights: int) -> tuple[int, int]:
@@ -114,101 +113,44 @@ def plan(recipe: Recipe, shape: Shape, card: Card) -> Plan:
 
 
 def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
+    """:func:`plan` without its changes, for whoever asks for many.
+
+    Raises:
+        HardwareError: As :func:`plan`.
+        ModelError: As :func:`plan`.
+    """
     dtype, optim = compute_dtype(recipe, card), optimizer(recipe, card)
     element = 4 if dtype == "float32" else 2
-    rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
-    tokens, h = rows * length, shape.hidden
     trainable = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
     nf4, linear = recipe.quant.quant_type == "nf4", shape.linear_parameters
-    layer = _layer(recipe, shape, card, element)
-    again = checkpointed_layers(recipe, shape)  # the first ones
-    whole = shape.layers - again
-    norm = 4 * tokens * (h + 1)  # the last one, kept from its forward pass to the loss's backward
-    rotary = tokens * 2 * shape.head_dim * element
-
-    # Of a recomputed layer its input stays, on the card or with the host but for the one in work; of
-    # another everything. The very first input needs no gradient, so its norm keeps nothing.
-    offloads = recipe.train.activation_offload and card.kind == "cuda"  # else the host is the card
-    inputs = min(again, 2) if offloads else again
-    kept = whole * layer.kept - (layer.spared if whole == shape.layers else 0)
-    # A recomputed layer keeps the mask of booleans, which all layers share.
-    mask = layer.square if layer.masked and again and whole else 0
-    activations = inputs * tokens * h * element + (kept + rotary + mask if whole else 0)
-    # Autocast's 16-bit copies of the adapter live until the forward pass ends, masks till the end.
-    copies = 2 * trainable * again // shape.layers if element == 2 else 0
-    shared = 0 if whole else rotary + (layer.square if layer.masked else 0)
-    forward = 0 if whole else layer.passing + copies
-    backward = max(
-        layer.busy if whole else 0,
-        layer.remade - mask - whole * layer.kept if again else 0,  # once the others are gone
-    )
-    # trl 1.16 never holds the logits: it projects, folds and reuses one tile, beside the supervised
-    # rows of the last hidden state and their fp32 gradient. On a CPU the logits are held (sft.py):
-    # themselves, their log-softmax and its gradient.
-    table = element * shape.vocab * h if recipe.lora.train_new_tokens else 0
-    if card.kind == "cpu" or table:
-        logits = max(12 * tokens * shape.vocab, 6 * tokens * shape.vocab + table)
-        loss = norm + tokens * h * element + logits
-    else:
-        tile = min(tokens, LOSS_TILE[0]) * LOSS_TILE[1] * element
-        loss = norm + tile + max(tokens * h * 2 * element + copies, tokens * h * (element + 4))
-        # The last norm goes backwards beside everything kept, in five fp32 tensors.
-        loss = shared + max(loss, norm + 5 * 4 * tokens * h)
-    working = max(forward, backward)
-    answering = _answering_bytes(recipe, shape, element, shape.heads if layer.scores else 0)
-    answering += layer.largest_unpacked
-
+    step = Step.of(recipe, shape, card)
     states = _adapter_states(recipe, shape, optim)
     resident, paged = sum(r for r, _ in states), sum(p for _, p in states)
-    beyond = max(working, loss)
     # Paged state comes in for the optimizer's step, when no activation is left, and may go out after it;
     # torch's AdamW makes one temporary as large as the adapter.
     stepping = paged + (4 * trainable if optim == "adamw_torch" else 0)
-    gradients = 4 * trainable
-    if recipe.train.gradient_accumulation_steps == 1:
-        # The only pass of a step: gradients come as activations go.
-        first = activations // shape.layers + backward + gradients
-        last = activations + backward + gradients // shape.layers
-        gradients = max(first, last, activations + beyond) - activations - beyond
+    answering = _answering_bytes(recipe, shape, card, element) + step.unpacked
+    highest = step.activations + step.beyond
     terms = {
         "base_nf4" if nf4 else "base": (
             nf4_bytes(linear, double_quant=recipe.quant.double_quant) if nf4 else element * linear
         ),
         "unquantized": element * shape.unquantized_parameters,
         "adapters": 4 * trainable,
-        "gradients": gradients,
+        "gradients": step.gradients,
         "optimizer": resident,
-        "activations": activations,
-        "working_set": working,
-        "logits": max(0, loss - working),
-        "evaluation": max(0, answering - activations - beyond),
-        "optimizer_step": max(0, stepping - max(activations + beyond, answering)),
+        "activations": step.activations,
+        "working_set": step.working,
+        "logits": step.beyond - step.working,
+        "evaluation": max(0, answering - highest),
+        "optimizer_step": max(0, stepping - max(highest, answering)),
     }
-    if table:
-        terms["new_tokens"] = table  # peft 0.21 copies the whole table for every pass
+    if step.table:
+        terms["new_tokens"] = step.table  # peft 0.21 copies the whole table for every pass
     if card.kind == "cuda":
         terms["overhead"] = CONTEXT_BYTES + SLACK_BYTES
-    host = (again - inputs) * tokens * h * element
-    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes, host_bytes=host)
-
-
-def _layer(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:
-    rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
-    asked, nf4 = recipe.model.attn_implementation, recipe.quant.quant_type == "nf4"
-    return Layer(
-        shape,
-        element,
-        tokens=rows * length,
-        square=rows * length**2,
-        r=recipe.lora.r,
-        targets=frozenset(target_names(shape, recipe.lora.target_modules)),
-        # CUDA's kernel keeps a byte an element, the CPU's a float.
-        dropped=0 if not recipe.lora.lora_dropout else 1 if card.kind == "cuda" else 4,
-        nf4=nf4,
-        own_inputs=element == 2 and not (nf4 and card.kind == "cuda"),
-        masked=asked != "flash_attention_2",
-        scores=asked == "eager" or shape.model_type.startswith("gemma2"),
-    )
+    tokens = recipe.train.per_device_train_batch_size * recipe.data.max_length
+    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes, host_bytes=step.host)
 
 
 def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int, int]]:
@@ -221,11 +163,12 @@ def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int,
     return found
 
 
-def _answering_bytes(recipe: Recipe, shape: Shape, element: int, scores: int) -> int:
+def _answering_bytes(recipe: Recipe, shape: Shape, card: Card, element: int) -> int:
     """Bytes that ``eval.generate`` needs: keys and values of a batch, while it reads its questions.
 
     The held-out loss is not counted: it takes as many rows as a training pass and keeps less.
     """
+    scores = shape.heads if layer_of(recipe, shape, card, element).scores else 0
     rows, length = min(recipe.eval.batch_size, recipe.eval.generate), recipe.data.max_length
     cache = 2 * shape.kv_heads * shape.head_dim * shape.layers * element
     # One layer at a time: the residual and its fp32 norm, gate, up and their product, the mask.

@@ -19,6 +19,7 @@ from qlora.memory import Plan
 from qlora.offload import InputsOnHost
 from qlora.settings import Recipe
 from qlora.shape import Shape
+from qlora.step import LOSS_TILE
 from qlora.tracing import HOST, MemoryTracer
 
 
@@ -133,7 +134,7 @@ class TiledLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         rows = hidden.flatten(0, 1).clone()  # the supervised ones: in the worst batch all are
         statistics = [torch.empty(len(rows)) for _ in range(7)]
-        tile = torch.empty((min(len(rows), memory.LOSS_TILE[0]), memory.LOSS_TILE[1]), dtype=dtype)
+        tile = torch.empty((min(len(rows), LOSS_TILE[0]), LOSS_TILE[1]), dtype=dtype)
         del tile
         ctx.save_for_backward(rows, weight, statistics[0])
         ctx.given = hidden.shape
@@ -143,9 +144,7 @@ class TiledLoss(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor, None, None]:  # type: ignore[override]
         rows = ctx.saved_tensors[0]
         summed = torch.empty(rows.shape, dtype=torch.float32)
-        tile = torch.empty(
-            (min(len(rows), memory.LOSS_TILE[0]), memory.LOSS_TILE[1]), dtype=rows.dtype
-        )
+        tile = torch.empty((min(len(rows), LOSS_TILE[0]), LOSS_TILE[1]), dtype=rows.dtype)
         del tile
         rounded = summed.to(rows.dtype)
         del summed

@@ -12,9 +12,10 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from trl.kernels import chunked_logprob
 
-from qlora import adapter, loader, memory, rehearsal
+from qlora import adapter, loader, rehearsal
 from qlora.cards import Card
 from qlora.recipe import recipe_from
+from qlora.step import LOSS_TILE
 from qlora.tracing import MemoryTracer
 
 CPU = Card("CPU", "cpu", 2**36, 2**36)
@@ -163,7 +164,7 @@ def test_the_tiled_loss_allocates_what_trls_does_where_its_kernels_work_in_place
     def of_trl(hidden: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
         rows = hidden[torch.ones(hidden.shape[:2], dtype=torch.bool)]  # the supervised ones
         targets = torch.zeros(len(rows), dtype=torch.long)
-        size = memory.LOSS_TILE[1]
+        size = LOSS_TILE[1]
         outputs = ("log_probs", "entropy", "is_top1")
         per_token = chunked_logprob.ChunkedLogProbFunction.apply(
             rows, head, None, targets, 1.0, size, None, 1.0, outputs
@@ -172,7 +173,7 @@ def test_the_tiled_loss_allocates_what_trls_does_where_its_kernels_work_in_place
 
     ours = _peak_of(lambda hidden, head: rehearsal.TiledLoss.apply(hidden, head, hidden.dtype))
     assert ours == pytest.approx(_peak_of(of_trl), rel=0.01)
-    assert (chunked_logprob.TOKEN_CHUNK_SIZE, trl_tile()) == memory.LOSS_TILE
+    assert (chunked_logprob.TOKEN_CHUNK_SIZE, trl_tile()) == LOSS_TILE
 
 
 def trl_tile() -> int:
