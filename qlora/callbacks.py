@@ -118,6 +118,7 @@ class TrackedProgress(TrainerCallback):
         facts = (
             f"loss {line['loss']:.3f}  {line['tokens_per_second']:,.0f} tok/s  "
             f"{line['memory_bytes'] / GIB:.1f} GiB"
+            + ("" if self.card.kind == "cuda" else " in the process")
         )
         if self._bar is not None:
             self._bar.update(self._task, facts=facts)

@@ -73,10 +73,12 @@ def named_card(text: str) -> Card:
     names = {plain(name): name for name in _CARDS}
     found = names.get(plain(text))
     if found is None:
-        near = difflib.get_close_matches(plain(text), names, n=3, cutoff=0.5)
+        near = [name for name in names if plain(text) and plain(text) in name][:4]
+        near = near or difflib.get_close_matches(plain(text), names, n=3, cutoff=0.5)
         hint = f" Did you mean {', '.join(names[n] for n in near)}?" if near else ""
         raise HardwareError(
-            f"{text!r} is not a card known here.{hint} A size such as '12GB' does too."
+            f"{text!r} is not a card known here.{hint} A size such as '12GB' does too; known are "
+            f"{', '.join(_CARDS)}."
         )
     gib, capability = _CARDS[found]
     return Card(found, "cuda", int(gib * GIB), int(gib * GIB), capability)

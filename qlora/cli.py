@@ -111,10 +111,12 @@ def plan(
     from qlora.recipe import load_recipe
 
     if table or recipe is None:
-        if recipe is not None or not table:
+        if recipe is not None or not table or card or as_json or exact:
             raise typer.BadParameter("Name a recipe, or write --table alone.")
         print("\n".join(plansheet.table()))
         return
+    if exact:
+        print("tracing a whole step, some ten seconds for 8 B parameters ...", file=sys.stderr)
     sheet = planning.plan(load_recipe(recipe, overrides or ()), card, exact=exact)
     print(json.dumps(sheet.to_json(), indent=2) if as_json else sheet)
     if not sheet.fits:
@@ -416,10 +418,12 @@ def remove_cache(
 @cache_app.command("verify")
 def verify_cache() -> None:
     """Read every byte of what is kept and compare its hash. Exit code 2 if anything is damaged."""
-    from qlora import vault
+    from qlora import places, vault
 
-    damaged = []
-    for entry in vault.entries():
+    damaged, entries = [], vault.entries()
+    if not entries:
+        print(f"nothing is kept in {places.shown(places.cache())}")
+    for entry in entries:
         defect = entry.defect()
         if defect is None:
             print(f"ok       {entry.name}")

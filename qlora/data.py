@@ -45,6 +45,7 @@ class Prepared:
     ledger: Ledger
     rejected: Path | None
     from_cache: bool
+    cache_defect: str | None = None  # what was wrong with kept rows that were made again
 
     @cached_property
     def held_out_examples(self) -> list[Example]:
@@ -95,7 +96,9 @@ def tokenize(recipe: Recipe, tok: Any, vocab_size: int, progress: Progress = unw
         vault.describe(folder, names[0], settings)
 
     keep = recipe.data.cache and all(found.digest for found in [*train, *held_out])
-    folder, hit = table.cached(_key(recipe, tok, vocab_size, train, held_out), build, keep=keep)
+    folder, hit, defect = table.cached(
+        _key(recipe, tok, vocab_size, train, held_out), build, keep=keep
+    )
     rows = table.load(folder / "train.arrow")
     asked = table.load(folder / "held_out.arrow")
     account = Ledger.from_json(rundir.read_json(folder / "ledger.json"))
@@ -109,6 +112,7 @@ def tokenize(recipe: Recipe, tok: Any, vocab_size: int, progress: Progress = unw
         ledger=account,
         rejected=rejected if rejected.exists() else None,
         from_cache=hit,
+        cache_defect=defect,
     )
 
 

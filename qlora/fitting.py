@@ -110,12 +110,18 @@ def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> F
     return Fitted(chosen, plan, ("as at the first start of this run",))
 
 
-def longest(recipe: Recipe, shape: Shape, card: Card) -> int:
-    """The largest ``data.max_length`` that fits with all else as it is, in steps of 64; 0 if none."""
+def longest(recipe: Recipe, shape: Shape, card: Card, *, anew: bool = False) -> int:
+    """The largest ``data.max_length`` that fits with all else as it is, in steps of 64; 0 if none.
+
+    With ``anew``, what ``train.fit: auto`` may choose is chosen again for each length.
+    """
 
     def fits(length: int) -> bool:
         data = recipe.data.model_copy(update={"max_length": length * _TOKENS})
-        return memory.predict(recipe.model_copy(update={"data": data}), shape, card).fits
+        asked = recipe.model_copy(update={"data": data})
+        if anew:
+            asked = most_frugal(asked, shape, card)
+        return memory.predict(asked, shape, card).fits
 
     found = _TOKENS * _last(fits, MOST_TOKENS // _TOKENS)
     if found < recipe.data.max_length and memory.predict(recipe, shape, card).fits:
@@ -205,10 +211,16 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
     )
     most = flops_per_token(_with(chosen, activation_checkpointing=True), shape)
     more = flops_per_token(chosen, shape) / least - 1
+    asked = {name: getattr(written.train, name) for name in CHOSEN}
+    now = {name: getattr(train, name) for name in CHOSEN}
+    changed = [
+        f"{name} {asked[name]} -> {now[name]}" for name in CHOSEN if asked[name] != now[name]
+    ]
     said = [
+        f"train.{', '.join(changed)}" if changed else "everything as written",
         f"{train.per_device_train_batch_size} x {chosen.data.max_length:,} tokens a pass, "
-        f"{train.gradient_accumulation_steps} passes at most a step: "
-        f"{train.per_device_train_batch_size * train.gradient_accumulation_steps} rows, as written"
+        f"at most {train.gradient_accumulation_steps} a step: "
+        f"{train.per_device_train_batch_size * train.gradient_accumulation_steps} rows, as written",
     ]
     if again == 0:
         said.append(

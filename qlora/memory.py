@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 from qlora.cards import GIB, Card, DType, compute_dtype, optimizer
 from qlora.errors import DoesNotFit
@@ -73,6 +73,7 @@ class Plan:
     changes: tuple[Change, ...] = ()
     changed_bytes: int = 0  # needed when every change is made
     host_bytes: int = 0  # of pinned host memory, where inputs are offloaded
+    method: Literal["predicted", "traced"] = "predicted"
 
     @property
     def total_bytes(self) -> int:
@@ -83,7 +84,7 @@ class Plan:
         return self.total_bytes <= self.card.free_bytes
 
     def to_json(self) -> dict[str, Any]:
-        """Plain data for ``plan.json``; ``predicted`` says that nobody measured these bytes."""
+        """Plain data for ``plan.json``; ``predicted`` says that no card has measured these bytes."""
         totals = {"total_bytes": self.total_bytes, "fits": self.fits}
         return {"predicted": True, **totals, **json.loads(json.dumps(asdict(self)))}
 
@@ -180,7 +181,8 @@ def _answering_bytes(recipe: Recipe, shape: Shape, card: Card, element: int) -> 
 def _candidates(recipe: Recipe, card: Card) -> list[tuple[str, list[Any], str]]:
     """Keys worth changing, cheapest first, each with its gentler values before the harsher ones."""
     rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
-    shorter = [length * part // 64 * 16 for part in (3, 2, 1)]
+    shorter = [length * 3 // 4 >> n for n in range(8)] + [length // 2 >> n for n in range(8)]
+    shorter = sorted((n // 16 * 16 for n in shorter), reverse=True)
     found: list[tuple[str, list[Any], str]] = [
         ("eval.batch_size", _halves(recipe.eval.batch_size), "answering takes longer"),
         (
@@ -192,7 +194,7 @@ def _candidates(recipe: Recipe, card: Card) -> list[tuple[str, list[Any], str]]:
         ("lora.r", [r for r in _halves(recipe.lora.r) if r >= 8], "a smaller update"),
     ]
     if recipe.train.activation_checkpointing is not True:
-        found.insert(2, ("train.activation_checkpointing", [True], "up to a third slower"))
+        found.insert(2, ("train.activation_checkpointing", [True], "up to 45 % more arithmetic"))
     elif not recipe.train.activation_offload and card.kind == "cuda":
         cost = "a copy of each layer's input crosses the bus and comes back"
         found.insert(2, ("train.activation_offload", [True], cost))
@@ -247,7 +249,8 @@ def require_fit(plan: Plan) -> None:
             f" {_gib(others)} of its {_gib(plan.card.total_bytes)} are taken, by other processes."
         )
     lines = [
-        f"This recipe needs {_gib(plan.total_bytes)} (predicted); {where} has {_gib(free)} free.{taken}",
+        f"This recipe needs {_gib(plan.total_bytes)} ({plan.method}); "
+        f"{where} has {_gib(free)} free.{taken}",
         "  " + " | ".join(f"{n} {size / GIB:.1f}" for n, size in grouped.items() if size),
     ]
     if plan.changes:
@@ -256,7 +259,8 @@ def require_fit(plan: Plan) -> None:
     key_width = max((len(key) for key, _, _ in ways), default=0)
     value_width = max((len(values) for _, values, _ in ways), default=0)
     for key, values, c in ways:
-        saves = f"saves {_gib(c.saves_bytes)} ({c.cost})"
+        enough = "; enough" if plan.total_bytes - c.saves_bytes <= free else ""
+        saves = f"saves {_gib(c.saves_bytes)}{enough} ({c.cost})"
         lines.append(f"  {key:<{key_width}}  {values:>{value_width}}  {saves}")
     if plan.changed_bytes > free:
         least = (

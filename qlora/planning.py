@@ -6,19 +6,24 @@ this machine for its card, or to trace the step.
 
 from __future__ import annotations
 
-from qlora import cards, configfile, fitting, plansheet
+from pathlib import Path
+
+from qlora import cards, configfile, fitting, plansheet, siblings
 from qlora.cards import Card
 from qlora.errors import ModelError
 from qlora.plansheet import Sheet
+from qlora.recipe import is_local, load_recipe
 from qlora.settings import Recipe
 from qlora.shape import Shape
 
 
-def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False) -> Sheet:
+def plan(
+    recipe: Recipe | str | Path, card: str | Card | None = None, *, exact: bool = False
+) -> Sheet:
     """What a recipe needs on a card, from its base's ``config.json`` alone; printed, it explains itself.
 
     Args:
-        recipe: What would run.
+        recipe: What would run, or its file or name.
         card: A name such as ``12GB`` or ``t4``; the card of this machine by default.
         exact: Trace the real training step on fake tensors, too, beside the prediction that a run goes
             by. For a family that the prediction does not know, the trace is the plan.
@@ -27,6 +32,8 @@ def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False)
         HardwareError: An unknown card, or one that cannot compute what the recipe asks.
         ModelError: The configuration cannot be read, nobody knows its family, or it cannot be trained.
     """
+    if isinstance(recipe, str | Path):
+        recipe = load_recipe(recipe)
     if isinstance(card, str):
         card = cards.named_card(card)
     if card is None:
@@ -34,7 +41,29 @@ def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False)
 
         card = hardware.card()
     cards.require_attention(recipe, card)
-    values = configfile.read(recipe)
+    shape, known = _shape(recipe)
+    decide = fitting.fit
+    if not shape.known:
+        from qlora import rehearsal
+
+        decide = rehearsal.fit
+    sheet = plansheet.Sheet(recipe, shape, card, known, decide)
+    if exact and sheet.plan.method == "predicted":
+        from qlora import rehearsal
+
+        sheet.traced = rehearsal.exact(sheet.recipe, card, sheet.plan)
+    return sheet
+
+
+def _shape(recipe: Recipe) -> tuple[Shape, int | None]:
+    """A base's shape and its positions; of a published one also where its file is out of reach."""
+    try:
+        values = configfile.read(recipe)
+    except ModelError:
+        shape = siblings.known(recipe.model.name)
+        if shape is None or is_local(recipe.model.name):
+            raise
+        return shape, None
     configfile.require_trainable(recipe, values)
     try:
         shape = Shape.from_config(values)
@@ -44,14 +73,4 @@ def plan(recipe: Recipe, card: str | Card | None = None, *, exact: bool = False)
 
         values = loader.read_config(recipe).values
         shape = Shape.from_config(values)
-    decide = fitting.fit
-    if not shape.known:
-        from qlora import rehearsal
-
-        decide = rehearsal.fit
-    sheet = plansheet.Sheet(recipe, shape, card, configfile.positions(values), decide)
-    if exact:
-        from qlora import rehearsal
-
-        sheet.traced = rehearsal.exact(sheet.recipe, card, sheet.plan)
-    return sheet
+    return shape, configfile.positions(values)

@@ -62,7 +62,8 @@ class Sheet:
                 recipe = fitting.most_frugal(recipe, shape, card)
             self.fitted = Fitted(recipe, memory.plan(recipe, shape, card), ())
         self.sibling = siblings.instead(recipe, shape, card) if self.refusal else None
-        self.longest = fitting.longest(self.recipe, shape, card)
+        self.anew = recipe.train.fit == "auto" and shape.known
+        self.longest = fitting.longest(self.recipe, shape, card, anew=self.anew)
         if positions is not None:
             self.longest = min(self.longest, positions)
         self.rows = fitting.largest_micro_batch(self.recipe, shape, card)
@@ -118,6 +119,8 @@ class Sheet:
     def __str__(self) -> str:
         return "\n".join(self._lines())
 
+    __repr__ = __str__  # a notebook shows it
+
     def _lines(self) -> list[str]:
         plan, train, data = self.plan, self.recipe.train, self.recipe.data
         terms = _split_scales(plan.terms, self.shape, self.recipe)
@@ -133,7 +136,7 @@ class Sheet:
         ]
         said += [f"note: {note}" for note in plan.notes]
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
-        if plan.host_bytes:
+        if plan.host_bytes and not self.fitted.reasons:
             said.append(f"{_gib(plan.host_bytes)} of the host's memory hold inputs of layers")
         said.append(self._reach())
         said.append(self._speed())
@@ -151,9 +154,9 @@ class Sheet:
 
     def _verdict(self) -> str:
         left = self.card.free_bytes - self.plan.total_bytes
-        said = f"does not fit: {_gib(-left)} too much (predicted)"
+        said = f"does not fit: {_gib(-left)} too much ({self.plan.method})"
         if self.fits:
-            said = f"fits: {_gib(left)} to spare (predicted)"
+            said = f"fits: {_gib(left)} to spare ({self.plan.method})"
         if self.traced and (left >= 0) != (self.traced["total_bytes"] <= self.card.free_bytes):
             said += "; the traced step says otherwise, a run goes by the prediction"
         return said
@@ -161,6 +164,8 @@ class Sheet:
     def _reach(self) -> str:
         if not self.longest:
             return "with these settings no length fits"
+        if self.anew:
+            return f"chosen anew for each length: max_length to {self.longest:,}"
         rows = f"{self.rows}{' and more' if self.rows == fitting.MOST_ROWS else ''}"
         many = f", or {rows} x {self.recipe.data.max_length:,} tokens a pass" if self.rows else ""
         more = " and more" if self.longest == fitting.MOST_TOKENS else ""
@@ -169,14 +174,13 @@ class Sheet:
     def _speed(self) -> str:
         work = f"{speed.flops_per_token(self.recipe, self.shape) / 1e9:,.3g} GFLOP a token"
         if self.measured is None:
-            return (
-                f"{work}; no time is predicted: nothing was measured on this card yet, "
-                "the first run on it does"
-            )
+            return f"{work}; no time is predicted: no run of five steps here has measured this card yet"
+        times = speed.cost_per_token(self.recipe, self.shape) / self.measured.cost
+        guess = f"; a rough guess: that model is {times:,.0f} times cheaper" if times > 10 else ""
         return (
-            f"{work}: about {self.tokens_per_second:,.0f} tokens/s, "
-            f"{self.step_seconds:,.1f} s a step of full rows (predicted from {self.measured.model} on "
-            f"{self.measured.date}: {self.measured.tokens_per_second:,.0f} tokens/s)"
+            f"{work}: about {self.tokens_per_second:,.3g} tokens/s, {_time(self.step_seconds or 0.0)} a "
+            f"step of full rows (predicted from {self.measured.model} on {self.measured.date}: "
+            f"{self.measured.tokens_per_second:,.0f} tokens/s{guess})"
         )
 
 
@@ -205,8 +209,8 @@ def table(lengths: Sequence[int] = LENGTHS, names: Sequence[str] = CARDS) -> lis
                 fits = plan.fits and length <= siblings.positions(name)
                 found.append(f"{plan.total_bytes / GIB:.1f}" if fits else "-")
             longest = min(fitting.longest(recipe, shape, card), siblings.positions(name))
-            cells.append(f"{' / '.join(found)}  to {longest:,}" if longest else "-")
-        rows.append((name, *cells))
+            cells.append(f"{'/'.join(found)} to {longest:,}" if longest else "-")
+        rows.append((name.rpartition("/")[2], *cells))
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     heading = (
         f"GiB at {' / '.join(f'{n:,}' for n in lengths)} tokens, and the longest sequence, one a pass; "
@@ -259,6 +263,16 @@ def _count(parameters: int) -> str:
     ('8.03 B', '3.0 M')
     """
     return f"{parameters / 1e9:.2f} B" if parameters >= 5e7 else f"{parameters / 1e6:.1f} M"
+
+
+def _time(seconds: float) -> str:
+    """
+    >>> _time(0.52), _time(65.5), _time(30402.5)
+    ('0.5 s', '66 s', '8.4 h')
+    """
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    return f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
 
 
 def _gib(size: int) -> str:

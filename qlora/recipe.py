@@ -202,7 +202,12 @@ def _validate(
                 continue
             kinds = (_NAME, "Source", *_LAYERS)
             address = tuple(str(part) for part in problem["loc"] if part not in kinds)
-            if any(address[:n] in overridden for n in range(1, len(address) + 1)):
+            ours = any(address[:n] in overridden for n in range(1, len(address) + 1))
+            if ours or (
+                address
+                and address[:1] not in lines
+                and any(o[:1] == address[:1] for o in overridden)
+            ):
                 where = "command line"
             elif line := next(
                 (lines[address[:n]] for n in range(len(address), 0, -1) if address[:n] in lines), 0

@@ -166,9 +166,14 @@ def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
         return fitting.fit(recipe, shape, card)
     plan = memory.plan(recipe, shape, card)
     traced = exact(recipe, card, plan)
-    plan = dataclasses.replace(plan, terms=traced["terms"])
+    notes = tuple(note for note in plan.notes if "counted as if" not in note)
+    plan = dataclasses.replace(
+        plan, terms=traced["terms"], notes=notes, changes=(), method="traced"
+    )
     memory.require_fit(plan)
-    why = f"traced, and as written: {shape.model_type!r} is no family that the quick plan knows"
+    why = f"its step is traced: {shape.model_type!r} is no family that the quick plan knows"
+    if recipe.train.fit == "auto":
+        why += "; so train.fit: auto chooses nothing, and the recipe runs as it is written"
     return Fitted(recipe, plan, (why,))
 
 

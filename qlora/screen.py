@@ -117,6 +117,10 @@ class Screen:
         ):
             if count:
                 self.say("rows", f"{count:,} {what}")
+        if prepared.cache_defect:
+            self.say(
+                "rows", f"made again: those in the cache were damaged ({prepared.cache_defect})"
+            )
         for note in ledger.notes:
             self.say("note", note)
         if pad_note:

@@ -273,7 +273,8 @@ class Train(_Section):
         if self.activation_offload and self.activation_checkpointing is not True:
             raise ValueError(
                 "train.activation_offload keeps the inputs of recomputed layers in the host's memory, but "
-                f"train.activation_checkpointing is {self.activation_checkpointing}. Write true"
+                f"train.activation_checkpointing is {self.activation_checkpointing}. Write "
+                "train.activation_checkpointing: true, or leave the offload out"
             )
         return self
 

@@ -75,6 +75,13 @@ def positions(name: str) -> int:
     return next(row[-1] for rows in _FAMILIES.values() for row in rows if row[0] == name)
 
 
+def known(name: str) -> Shape | None:
+    """The shape of a published model or of its instruction-tuned twin, or None."""
+    base = name.removesuffix("-Instruct").removesuffix("-it").removesuffix("-Base")
+    shapes = published()
+    return next((shapes[n] for n in (name, base, f"{base}-pt") if n in shapes), None)
+
+
 def published() -> dict[str, Shape]:
     """Every model here, by its hub id."""
     return {row[0]: _shape(kind, row) for kind, rows in _FAMILIES.items() for row in rows}

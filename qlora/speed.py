@@ -34,6 +34,11 @@ class Measured:
     model: str
     date: str
 
+    @property
+    def cost(self) -> float:
+        """:func:`cost_per_token` of what was measured."""
+        return self.flops_per_second / self.tokens_per_second
+
 
 def checkpointed_layers(recipe: Recipe, shape: Shape) -> int:
     """How many layers, counted from the first, compute their activations again."""

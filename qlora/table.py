@@ -134,11 +134,12 @@ def hub_digest(rows: Any) -> str:
     return hashlib.sha256("|".join(said).encode()).hexdigest() if said else ""
 
 
-def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path, bool]:
-    """The folder that ``build`` fills, made once per key; and whether it was there already.
+def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path, bool, str | None]:
+    """The folder that ``build`` fills, made once per key; whether it was there, and what was wrong.
 
-    Interrupted or failed, ``build`` leaves nothing behind. Without ``keep`` the folder lives as long as
-    this process.
+    What is there is used if every byte is as it was written; else it is made again, and the defect is
+    returned. Interrupted or failed, ``build`` leaves nothing behind. Without ``keep`` the folder lives as
+    long as this process.
 
     Raises:
         DataError: The cache cannot be written; says where it is and how to move it.
@@ -147,19 +148,23 @@ def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path
         folder = Path(tempfile.mkdtemp(prefix="qlora-data-"))
         atexit.register(shutil.rmtree, folder, ignore_errors=True)
         build(folder)
-        return folder, False
+        return folder, False, None
     folder = places.cache() / "data" / key
+    defect = None
     if folder.is_dir():
-        with contextlib.suppress(OSError):  # a cache that can only be read still serves
-            os.utime(folder)
-        return folder, True
+        defect = _defect(folder)
+        if defect is None:
+            with contextlib.suppress(OSError):  # a cache that can only be read still serves
+                os.utime(folder)
+            return folder, True, None
+        shutil.rmtree(folder, ignore_errors=True)
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with rundir.writing_aside(folder) as aside:
             build(aside)
-            rundir.seal(aside)  # for `qlora cache verify`; a start does not hash the rows
+            rundir.seal(aside)
     except OSError as error:
-        if not folder.is_dir():  # else another process was faster with the same
+        if not folder.is_dir() or _defect(folder):  # else another process was faster with the same
             raise DataError(
                 f"tokenized rows cannot be kept in {places.shown(folder.parent)}: "
                 f"{error.strerror or error}. Name another place in QLORA_CACHE, free some space, or "
@@ -174,4 +179,11 @@ def cached(key: str, build: Callable[[Path], None], *, keep: bool) -> tuple[Path
     for part in folder.parent.glob(".*.part"):  # of a process that was killed while it wrote
         if time.time() - part.stat().st_mtime > ABANDONED_SECONDS:
             shutil.rmtree(part, ignore_errors=True)
-    return folder, False
+    return folder, False, defect
+
+
+def _defect(folder: Path) -> str | None:
+    try:
+        return rundir.defect(folder)
+    except OSError as error:
+        return f"it cannot be read: {error.strerror}"

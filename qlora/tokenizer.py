@@ -42,6 +42,8 @@ def load(recipe: Recipe, commit: str | None = None) -> tuple[Any, str]:
         )
     except (OSError, ValueError, KeyError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
+        if "backend tokenizer" in first:  # a list of what to install follows; it is not that
+            first = "there is no tokenizer.json beside it. Fetch the whole model again."
         raise ModelError(
             f"model.name is {name!r}, whose tokenizer cannot be loaded: {first}"
         ) from None

@@ -6,6 +6,7 @@ the weights are read; everything that is claimed at the end was checked on the w
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import importlib.metadata
@@ -140,6 +141,8 @@ def train(
     except BaseException:
         if checkpoint is None:
             shutil.rmtree(run.dir, ignore_errors=True)
+            with contextlib.suppress(OSError):  # not empty: other runs are in it
+                run.dir.parent.rmdir()
         raise
 
     unborn = False  # nothing worth keeping was done yet

@@ -668,3 +668,28 @@ def test_progress_is_told_of_every_row_and_of_their_number(make_recipe, tok):
 
     data.prepare(make_recipe(), tok, 2048, progress)
     assert told == [(40, "reading", 40)]
+
+
+@pytest.mark.parametrize("harm", ["flip", "truncate", "no manifest"])
+def test_damaged_rows_in_the_cache_are_told_and_made_again(make_recipe, tiny, harm):
+    from qlora import places, tokenizer
+
+    recipe = make_recipe()
+    tok, _ = tokenizer.load(recipe)
+    whole = data.prepare(recipe, tok, 2048)
+    (folder,) = (places.cache() / "data").iterdir()
+    file, damaged = folder / "train.arrow", folder / "damaged"
+    content = file.read_bytes()
+    if harm == "flip":
+        damaged.write_bytes(content[:-200] + bytes([content[-200] ^ 1]) + content[-199:])
+    elif harm == "truncate":
+        damaged.write_bytes(content[: len(content) // 2])
+    if harm == "no manifest":
+        (folder / "manifest.json").unlink()
+    else:
+        damaged.replace(file)  # the first rows are still mapped
+    again = data.prepare(recipe, tok, 2048)
+    assert again.cache_defect and not again.from_cache
+    assert again.train[:]["input_ids"] == whole.train[:]["input_ids"]
+    last = data.prepare(recipe, tok, 2048)
+    assert last.from_cache and last.cache_defect is None

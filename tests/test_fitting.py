@@ -133,7 +133,8 @@ def test_a_recipe_as_it_is_written_is_not_touched() -> None:
 
 def test_the_reasons_give_figures_for_what_was_chosen() -> None:
     said = " | ".join(fitting.fit(make(), LLAMA, named_card("12GB")).reasons)
-    assert "1 x 2,048 tokens a pass, 16 passes at most a step: 16 rows, as written" in said
+    assert "1 x 2,048 tokens a pass, at most 16 a step: 16 rows, as written" in said
+    assert "train.activation_checkpointing True -> 22, optim auto -> adamw_8bit" in said
     assert "of 32 layers are computed again, for" in said
     assert "all of them would cost 44%" in said
     assert "adamw_8bit: the same update, its state kept on the card" in said

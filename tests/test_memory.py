@@ -406,7 +406,7 @@ def test_a_recipe_that_does_not_fit_is_refused_in_three_parts() -> None:
         "  base 5.2 | unquantized 2.4 | adapters+grads+optimizer 0.7 | activations 3.1 | "
         "logits 1.7 | overhead 0.8\n"
         "Cheapest ways down:\n"
-        "  train.per_device_train_batch_size        4 -> 2  saves 2.4 GiB (raise accumulation)\n"
+        "  train.per_device_train_batch_size        4 -> 2  saves 2.4 GiB; enough (raise accumulation)\n"
         "  data.max_length                    2048 -> 1536  "
         "saves 1.2 GiB (drops the rows that are longer)"
     )
@@ -414,7 +414,7 @@ def test_a_recipe_that_does_not_fit_is_refused_in_three_parts() -> None:
 
 def test_changes_that_only_together_suffice_are_said_to() -> None:
     with pytest.raises(DoesNotFit, match=r"None is enough alone; all together need \d\.\d GiB"):
-        require_fit(plan(make(**TIGHT), LLAMA, named_card("rtx3060ti")))
+        require_fit(plan(make(**TIGHT), LLAMA, named_card("6.8GiB")))
 
 
 def test_a_recipe_beyond_every_change_is_told_to_take_another_model_or_card() -> None:

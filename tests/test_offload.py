@@ -119,7 +119,10 @@ def test_small_tensors_weights_and_masks_stay_where_they_are() -> None:
 
 @pytest.mark.parametrize("value", [False, 2])
 def test_offloading_without_recomputing_every_layer_is_refused(value: bool | int) -> None:
-    with pytest.raises(RecipeError, match=r"activation_checkpointing is (False|2)\. Write true"):
+    with pytest.raises(
+        RecipeError,
+        match=r"checkpointing is (False|2)\. Write train\.act",
+    ):
         make(activation_checkpointing=value, activation_offload=True)
 
 

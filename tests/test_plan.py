@@ -19,7 +19,7 @@ import bench_plan
 import gpu_plan
 
 from qlora import cli, configfile, plansheet, speed
-from qlora.cards import GIB, Card
+from qlora.cards import GIB, Card, named_card
 from qlora.errors import DoesNotFit, ModelError
 from qlora.memory import plan, require_fit
 from qlora.recipe import recipe_from
@@ -75,7 +75,7 @@ def test_a_plan_lists_bytes_term_by_term_a_verdict_and_what_else_would_fit(say: 
         "(8.03 B) on RTX 3060: 11.64 GiB free", "base in NF4", "quantization state",
         "embeddings, head, norms", "adapters, fp32", "their gradients", "optimizer state",
         "kept activations", "one layer at work", "CUDA context, slack", "fits: 4.07 GiB to spare",
-        "GFLOP a token; no time is predicted: nothing was measured on this card yet",
+        "GFLOP a token; no time is predicted: no run of five steps here has measured this card",
     ):  # fmt: skip
         assert words in out
     sizes = [float(size) for size in re.findall(r"(?m)^  \D.*? (\d+\.\d{3})", out)]
@@ -188,8 +188,13 @@ def test_a_measured_card_gets_a_speed_and_a_time(say: Say, folder: Path) -> None
     speed.remember(driver, "float16", recipe, shape, 500.0, "2026-01-02")
     code, out, _ = say("mine.yaml", "--card", "t4")
     assert code == 0
-    assert "about 500 tokens/s, 65.5 s a step of full rows (predicted from" in out
+    assert "about 500 tokens/s, 66 s a step of full rows (predicted from" in out
     assert "on 2026-01-02: 500 tokens/s)" in out
+    small = Shape.from_config(
+        CONFIGS["TinyLlama/TinyLlama-1.1B-Chat-v1.0"] | {"num_hidden_layers": 1}
+    )
+    speed.remember(driver, "float16", recipe, small, 500.0, "2026-01-02")
+    assert "; a rough guess: that model is" in say("mine.yaml", "--card", "t4")[1]
 
 
 def test_the_exact_plan_stands_beside_the_quick_one(folder: Path, say: Say) -> None:
@@ -204,7 +209,10 @@ def test_a_family_that_the_quick_plan_does_not_know_is_traced(folder: Path, say:
     write_config(folder / "llama", NOVEL)
     code, out, err = say("mine.yaml", "--card", "12GB")
     assert (code, err) == (0, "")
-    assert "traced, and as written: 'stablelm' is no family that the quick plan knows" in out
+    assert "its step is traced: 'stablelm' is no family that the quick plan knows" in out
+    assert "to spare (traced)" in out and "counted as if" not in out
+    auto = say("mine.yaml", "--card", "12GB", "train.fit=auto")[1]
+    assert "so train.fit: auto chooses nothing, and the recipe runs as it is written" in auto
     found = json.loads(say("mine.yaml", "--card", "12GB", "--json")[1])
     assert found["terms"]["base_nf4"] > 0 and found["terms"]["scales"] > 0
     assert found["total_bytes"] == sum(found["terms"].values())
@@ -225,6 +233,8 @@ def test_a_family_that_nobody_knows_is_refused(folder: Path, say: Say) -> None:
         (("mine.yaml", "--card", "rtx4091"), "not a card known here. Did you mean RTX 4090"),
         ((), "Name a recipe, or write --table alone"),
         (("mine.yaml", "--table"), "Name a recipe, or write --table alone"),
+        (("--table", "--card", "t4"), "Name a recipe, or write --table alone"),
+        (("mine.yaml", "--card", "a100"), "Did you mean A100-40GB, A100-80GB?"),
         (("mine.yaml", "--card", "t4", "quant.compute_dtype=bfloat16"), "does not compute in"),
         (("mine.yaml", "--card", "t4", "lora.target_modules=[w1]"), "w1 matches nothing"),
         (("mine.yaml", "--card", "t4", "model.name=owner/model"), "its config.json is not in the"),
@@ -268,10 +278,10 @@ def test_the_table_has_a_row_for_every_model_and_a_column_for_every_card(say: Sa
     heading, _, columns, *rows = out.splitlines()
     assert code == 0 and "(predicted)" in heading
     assert columns.split() == ["model", *plansheet.CARDS]
-    cells = {row.split()[0]: re.split(r" {2,}(?!to)", row)[1:] for row in rows}
-    assert cells["meta-llama/Llama-2-13b-hf"][0] == "-"
-    assert cells["meta-llama/Llama-2-13b-hf"][3].endswith("to 4,096")  # more it does not know
-    assert cells["meta-llama/Llama-3.1-8B"][1].startswith("6.8 / 7.6 / 10.7")
+    cells = {row.split()[0]: re.split(r" {2,}", row)[1:] for row in rows}
+    assert cells["Llama-2-13b-hf"][0] == "-"
+    assert cells["Llama-2-13b-hf"][3].endswith("to 4,096")  # more it does not know
+    assert cells["Llama-3.1-8B"][1].startswith("6.8/7.6/10.7 to ")
 
 
 def test_memory_that_others_hold_is_said() -> None:
@@ -350,3 +360,37 @@ def test_gemma_2_is_planned_with_the_scores_that_its_attention_keeps(length: int
     assert bench_plan.variation("", length, True, layers=4, family="gemma2") == pytest.approx(
         1.0, abs=0.03
     )
+
+
+def test_the_reach_of_auto_is_that_of_settings_chosen_anew(say: Say) -> None:
+    written = say("mine.yaml", "--card", "t4")[1]
+    chosen = say("mine.yaml", "--card", "t4", "train.fit=auto")[1]
+    reach = [
+        int(re.search(r"max_length to ([\d,]+)", out)[1].replace(",", ""))
+        for out in (written, chosen)
+    ]
+    assert "chosen anew for each length" in chosen
+    assert reach[1] >= reach[0] > 10_000
+    assert say("mine.yaml", "--card", "t4", "train.fit=auto", f"data.max_length={reach[1]}")[0] == 0
+    assert (
+        say("mine.yaml", "--card", "t4", "train.fit=auto", f"data.max_length={reach[1] + 64}")[0]
+        == 2
+    )
+
+
+def test_a_published_base_is_planned_where_its_file_is_out_of_reach(
+    say: Say, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    code, out, _ = say("qwen3-8b-8gb", "--card", "8GB")
+    assert code == 0 and "Qwen/Qwen3-8B (8.19 B) on 8 GB card" in out
+    assert say("llama-3.1-8b-12gb", "--card", "12GB")[0] == 0  # the instruction-tuned twin
+
+
+def test_a_plan_in_a_notebook_takes_a_name_and_shows_itself(folder: Path) -> None:
+    import qlora
+
+    sheet = qlora.plan("quickstart", "t4")
+    assert repr(sheet) == str(sheet)
+    assert "embedded:base (3.5 M) on T4" in repr(sheet)
+    assert qlora.plan(folder / "mine.yaml", named_card("t4")).fits

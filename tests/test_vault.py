@@ -687,7 +687,7 @@ def test_the_list_shows_each_kept_thing_with_its_size_and_age(qlora, kept, rows)
 
 def test_an_empty_cache_is_said_to_be_empty_and_is_whole(qlora) -> None:
     assert qlora("list") == (0, f"nothing is kept in {places.shown(places.cache())}\n", "")
-    assert qlora("verify") == (0, "", "")
+    assert qlora("verify") == (0, f"nothing is kept in {places.shown(places.cache())}\n", "")
     assert qlora("remove", "--all") == (0, "0.0 MiB freed\n", "")
 
 
@@ -705,7 +705,7 @@ def test_verify_reads_every_byte_and_says_what_to_do(qlora, kept, rows) -> None:
     assert f"qlora cache remove {names[0]} {names[1]}\n" in err and "made again" in err
     assert kept.is_dir()  # to look is not to remove
     assert qlora("remove", *names)[0] == 0
-    assert qlora("verify") == (0, "", "")
+    assert qlora("verify") == (0, f"nothing is kept in {places.shown(places.cache())}\n", "")
 
 
 def test_remove_takes_what_is_named_or_everything(qlora, kept, rows) -> None:
