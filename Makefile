@@ -49,6 +49,7 @@ bench: setup ## the benchmarks that need no GPU
 	$(BIN)/python scripts/bench_data.py
 	$(BIN)/python scripts/bench_train.py
 	$(BIN)/python scripts/bench_load.py
+	$(BIN)/python scripts/bench_plan.py
 	$(BIN)/python scripts/bench_quickstart.py
 
 lock: dev ## write the locks from what is installed in .venv

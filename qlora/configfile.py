@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
@@ -14,25 +15,50 @@ from qlora.recipe import is_local, local_path
 from qlora.settings import Recipe
 
 
+class OutOfReach(ModelError):
+    """The base is neither here nor can the hub be asked for it."""
+
+
+def locate(recipe: Recipe) -> str:
+    """The folder of a local base, or the hub id of another, once it is known that it can be read.
+
+    Raises:
+        ModelError: The folder holds no ``config.json``.
+        OutOfReach: The hub is needed, and cannot be reached: said within seconds, not after the
+            libraries' minute of retries.
+    """
+    name = recipe.model.name
+    if is_local(name):
+        path = local_path(name)
+        if not (path / "config.json").is_file():
+            found = "a file"
+            if path.is_dir():
+                found = ", ".join(sorted(p.name for p in path.iterdir())[:6])
+            raise ModelError(
+                f"model.name is {name!r}, which is not a model: there is no config.json in it "
+                f"(found: {found or 'nothing'}). Name a folder written by save_pretrained, or a hub id."
+            )
+        return str(path)
+    cached = try_to_load_from_cache(name, "config.json", revision=recipe.model.revision)
+    if not isinstance(cached, str) and (problem := hub.unreachable()):
+        raise OutOfReach(
+            f"model.name is {name!r}: not a folder here, not in the local hub cache, and {problem}. "
+            "Check the spelling of a local path, or the network, or download the model first."
+        )
+    return name
+
+
 def read(recipe: Recipe) -> dict[str, Any]:
     """What the ``config.json`` of ``model.name`` says; from the hub only this one file is fetched.
 
     Raises:
         ModelError: It is not there, cannot be fetched, or is no JSON object.
+        OutOfReach: As :func:`locate`.
     """
-    name, revision = recipe.model.name, recipe.model.revision
-    if is_local(name):
-        path = str(local_path(name) / "config.json")
-    else:
-        path = _fetched(name, revision)
+    name, where = recipe.model.name, locate(recipe)
+    file = Path(where) / "config.json" if is_local(name) else _fetched(name, recipe.model.revision)
     try:
-        with open(path, encoding="utf-8") as file:  # noqa: PTH123 - hub paths are text
-            values = json.load(file)
-    except FileNotFoundError:
-        raise ModelError(
-            f"model.name is {name!r}, which is not a model: there is no config.json in it. Name a folder "
-            "written by save_pretrained, or a hub id."
-        ) from None
+        values = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise ModelError(
             f"model.name is {name!r}, whose config.json cannot be read: {error}"
@@ -104,17 +130,10 @@ def positions(values: Mapping[str, Any]) -> int | None:
     return found if isinstance(found, int) else None
 
 
-def _fetched(name: str, revision: str) -> str:
-    cached = try_to_load_from_cache(name, "config.json", revision=revision)
-    if isinstance(cached, str):
-        return cached
-    if problem := hub.unreachable():
-        raise ModelError(
-            f"model.name is {name!r}: not a folder here, its config.json is not in the local hub cache, "
-            f"and {problem}. Check the spelling of a local path, or the network; a plan needs that file."
-        )
+def _fetched(name: str, revision: str) -> Path:
+    """The file from the hub, or from its local cache."""
     try:
-        return str(hf_hub_download(name, "config.json", revision=revision))
+        return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         gated = "gated" in str(error).lower() or "401" in first or "403" in first

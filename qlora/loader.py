@@ -15,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -23,7 +22,7 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from qlora import cards, configfile, hardware, hub, nf4, rundir, vault, weights
+from qlora import cards, configfile, hardware, nf4, rundir, vault, weights
 from qlora.attention import sdpa_on
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
@@ -72,20 +71,7 @@ def read_config(recipe: Recipe) -> BaseConfig:
             configuration contradicts itself, or rows may be longer than the model has positions.
     """
     name, revision = recipe.model.name, recipe.model.revision
-    where = name
-    if is_local(name):
-        path = local_path(name)
-        if not (path / "config.json").is_file():
-            found = (
-                ", ".join(sorted(p.name for p in path.iterdir())[:6]) if path.is_dir() else "a file"
-            )
-            raise ModelError(
-                f"model.name is {name!r}, which is not a model: there is no config.json in it "
-                f"(found: {found or 'nothing'}). Name a folder written by save_pretrained, or a hub id."
-            )
-        where = str(path)
-    else:
-        _require_hub(name, revision)
+    where = configfile.locate(recipe)
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
@@ -180,18 +166,6 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         },
         notes,
     )
-
-
-def _require_hub(name: str, revision: str) -> None:
-    """Fail within seconds, not after the libraries' minute of retries, when the hub is out of reach."""
-    if isinstance(try_to_load_from_cache(name, "config.json", revision=revision), str):
-        return
-    problem = hub.unreachable()
-    if problem:
-        raise ModelError(
-            f"model.name is {name!r}: not a folder here, not in the local hub cache, and {problem}. "
-            "Check the spelling of a local path, or the network, or download the model first."
-        )
 
 
 def _where(recipe: Recipe) -> str:

@@ -12,7 +12,7 @@ from qlora import cards, configfile, fitting, plansheet, siblings
 from qlora.cards import Card
 from qlora.errors import ModelError
 from qlora.plansheet import Sheet
-from qlora.recipe import is_local, load_recipe
+from qlora.recipe import load_recipe
 from qlora.settings import Recipe
 from qlora.shape import Shape
 
@@ -41,13 +41,14 @@ def plan(
 
         card = hardware.card()
     cards.require_attention(recipe, card)
-    shape, known = _shape(recipe)
+    shape, positions, note = _shape(recipe)
     decide = fitting.fit
     if not shape.known:
         from qlora import rehearsal
 
         decide = rehearsal.fit
-    sheet = plansheet.Sheet(recipe, shape, card, known, decide)
+    sheet = plansheet.Sheet(recipe, shape, card, positions, decide)
+    sheet.note = note
     if exact and sheet.plan.method == "predicted":
         from qlora import rehearsal
 
@@ -55,15 +56,21 @@ def plan(
     return sheet
 
 
-def _shape(recipe: Recipe) -> tuple[Shape, int | None]:
-    """A base's shape and its positions; of a published one also where its file is out of reach."""
+def _shape(recipe: Recipe) -> tuple[Shape, int | None, str | None]:
+    """A base's shape and positions; of a published one also where its file is out of reach, with a note."""
     try:
         values = configfile.read(recipe)
-    except ModelError:
-        shape = siblings.known(recipe.model.name)
-        if shape is None or is_local(recipe.model.name):
+    except configfile.OutOfReach as problem:
+        found = siblings.known(recipe.model.name)
+        if found is None:
             raise
-        return shape, None
+        name, shape = found
+        configfile.require_positions(recipe, siblings.positions(name))
+        return (
+            shape,
+            siblings.positions(name),
+            f"planned with the published shape of {name}: {problem}",
+        )
     configfile.require_trainable(recipe, values)
     try:
         shape = Shape.from_config(values)
@@ -73,4 +80,4 @@ def _shape(recipe: Recipe) -> tuple[Shape, int | None]:
 
         values = loader.read_config(recipe).values
         shape = Shape.from_config(values)
-    return shape, configfile.positions(values)
+    return shape, configfile.positions(values), None

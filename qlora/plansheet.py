@@ -69,6 +69,7 @@ class Sheet:
         self.rows = fitting.largest_micro_batch(self.recipe, shape, card)
         self.measured = speed.recall(card, self.plan.dtype)
         self.traced: dict[str, Any] | None = None
+        self.note: str | None = None  # of where the shape was read
 
     @property
     def recipe(self) -> Recipe:
@@ -114,6 +115,7 @@ class Sheet:
             "predicted_step_seconds": self.step_seconds,
             "measured": None if self.measured is None else vars(self.measured),
             "traced": self.traced,
+            "note": self.note,
         }
 
     def __str__(self) -> str:
@@ -134,7 +136,7 @@ class Sheet:
             "",
             self._verdict(),
         ]
-        said += [f"note: {note}" for note in plan.notes]
+        said += [f"note: {note}" for note in (*plan.notes, self.note) if note]
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
         if plan.host_bytes and not self.fitted.reasons:
             said.append(f"{_gib(plan.host_bytes)} of the host's memory hold inputs of layers")

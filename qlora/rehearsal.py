@@ -72,6 +72,7 @@ def step(model: Any, inputs: dict[str, Any], recipe: Recipe, card: Card) -> Memo
     tracer.own("batch", inputs.values())
     passes = 1 + (recipe.train.gradient_accumulation_steps > 1)
     name = cards.optimizer(recipe, card)
+    offloads = recipe.train.activation_offload and card.kind == "cuda"  # else the host is the card
     for number in range(passes):
         if number == passes - 1:
             tracer.own("gradients", [p.grad for p in trained if p.grad is not None])
@@ -80,7 +81,7 @@ def step(model: Any, inputs: dict[str, Any], recipe: Recipe, card: Card) -> Memo
             tracer.own("optimizer", state)
             tracer.forget_peaks()
         away = InputsOnHost(lambda tensor: tracer.own(HOST, [tensor]))
-        with tracer.watching(), away if recipe.train.activation_offload else nullcontext():
+        with tracer.watching(), away if offloads else nullcontext():
             loss = forward(model, inputs, recipe, card, tracer)
             loss.backward()
         del loss
@@ -101,14 +102,14 @@ def forward(
 
     tracer.phase("forward")
     hook = backbone.register_forward_hook(loss_begins)
-    run = backbone if tiled(recipe, card) else model
-    if dtype != torch.float32:
-        run = convert_outputs_to_fp32(torch.autocast("cpu", dtype)(run.__call__))
+    in_16_bits = dtype != torch.float32
+    autocast = torch.autocast("cpu", dtype, enabled=in_16_bits)
     try:
         if not tiled(recipe, card):
+            run = convert_outputs_to_fp32(autocast(model.__call__)) if in_16_bits else model
             return sft.loss_of(run, inputs, 1, materialize=True)
         asked = {key: value for key, value in inputs.items() if key != "labels"}
-        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+        with autocast:
             hidden = backbone(**asked, use_cache=False).last_hidden_state[:, :-1]
             head = model.get_base_model().get_output_embeddings().weight
             return TiledLoss.apply(hidden, head, dtype)

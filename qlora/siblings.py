@@ -75,11 +75,11 @@ def positions(name: str) -> int:
     return next(row[-1] for rows in _FAMILIES.values() for row in rows if row[0] == name)
 
 
-def known(name: str) -> Shape | None:
-    """The shape of a published model or of its instruction-tuned twin, or None."""
+def known(name: str) -> tuple[str, Shape] | None:
+    """A published model or the one that it is an instruction-tuned twin of, with its shape; or None."""
     base = name.removesuffix("-Instruct").removesuffix("-it").removesuffix("-Base")
     shapes = published()
-    return next((shapes[n] for n in (name, base, f"{base}-pt") if n in shapes), None)
+    return next(((n, shapes[n]) for n in (name, base, f"{base}-pt") if n in shapes), None)
 
 
 def published() -> dict[str, Shape]:

@@ -89,7 +89,7 @@ def train(
     recipe, plan = fitted.recipe, fitted.plan  # with what train.fit: auto chose
     dtype = cards.compute_dtype(recipe, card)
     screen.say("card", f"{card.name}, {card.free_bytes / GIB:.1f} GiB free, computes in {dtype}")
-    screen.say("plan", f"{plan.total_bytes / GIB:.2f} GiB of tensors predicted")
+    screen.say("plan", f"{plan.total_bytes / GIB:.2f} GiB needed ({plan.method})")
     for reason in fitted.reasons:
         screen.say("fit", reason)
     _require_host(plan, card)

@@ -161,7 +161,7 @@ def plan_by_measured(small: bool) -> dict[str, Any]:
                 if not plan.fits:
                     continue
                 planned = sum(size for term, size in plan.terms.items() if term != "overhead")
-                _clear()
+                free_memory()
                 measured = run_step(config, recipe, card)
                 ratios = {
                     "planned_by_allocated": round(planned / measured["allocated_bytes"], 4),
@@ -201,8 +201,8 @@ def verdicts(small: bool) -> dict[str, Any]:
                     recipe, fits = fitting.fit(recipe, shape, card).recipe, True
                 except DoesNotFit:
                     recipe, fits = fitting.most_frugal(recipe, shape, card), False
-                _clear()
-                with _limited_to(card):
+                free_memory()
+                with limited_to(card):
                     try:
                         measured: dict[str, Any] = run_step(config, recipe, card)
                         ran = True
@@ -221,7 +221,7 @@ def verdicts(small: bool) -> dict[str, Any]:
 
 
 @contextmanager
-def _limited_to(card: Any) -> Iterator[None]:
+def limited_to(card: Any) -> Iterator[None]:
     """As much memory as a card of that size leaves to tensors; everything where there is no card."""
     import torch
 
@@ -239,7 +239,8 @@ def _limited_to(card: Any) -> Iterator[None]:
         torch.cuda.set_per_process_memory_fraction(1.0, 0)
 
 
-def _clear() -> None:
+def free_memory() -> None:
+    """Give back what was left in torch's cache, and forget its peak."""
     import torch
 
     gc.collect()

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import gc
 import io
 import json
 import math
@@ -33,6 +32,7 @@ from unittest import mock
 
 import gpu_plan
 import measure
+from gpu_plan import free_memory
 from measure import ROOT
 
 if str(ROOT / "tests") not in sys.path:
@@ -527,11 +527,10 @@ def recipe_on_card(site: Site, name: str) -> dict[str, Any]:
         if total < 0.98 * card.total_bytes:
             raise CannotCheck(f"this card has {total / GIB:.1f} GiB, less than the {card.name}")
         before = torch.cuda.memory_allocated(0)
-        allowed = min(1.0, (card.free_bytes - memory.CONTEXT_BYTES) / total)
-        torch.cuda.set_per_process_memory_fraction(allowed, 0)
     measured: dict[str, Any] = {}
     try:
-        run = train(recipe)
+        with gpu_plan.limited_to(card):
+            run = train(recipe)
         result = run.result
         measured = {
             "fitted": True,
@@ -550,9 +549,6 @@ def recipe_on_card(site: Site, name: str) -> dict[str, Any]:
         if not ran_out(error):
             raise
         measured = {"fitted": False, "said": str(error).splitlines()[0]}
-    finally:
-        if cuda:
-            torch.cuda.set_per_process_memory_fraction(1.0, 0)
     found = {
         "card": card.name,
         "card_bytes": card.free_bytes,
@@ -647,17 +643,6 @@ CHECKS: tuple[Check, ...] = (
     *(_on_card(name) for name in HELD_TO_CARD),
     Check("beside-plain", beside_plain, needs_card=False),
 )
-
-
-def free_memory() -> None:
-    """Give back what earlier checks left in torch's cache, and forget their peak."""
-    import torch
-
-    gc.collect()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(0)
 
 
 def perform(check: Check, site: Site) -> dict[str, Any]:

@@ -117,3 +117,14 @@ def cpu() -> Any:
     from qlora.cards import Card
 
     return Card("CPU", "cpu", 2**34, 2**34)
+
+
+@pytest.fixture(scope="module")
+def one_thread() -> Iterator[None]:
+    """For models so small that a second thread would only be waited for."""
+    import torch
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)

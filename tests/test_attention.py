@@ -19,6 +19,7 @@ from qlora.errors import ModelError
 from qlora.loader import BaseConfig
 from qlora.packing import prove
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 8  # shorter than the rows, so that it is felt
 FAMILIES = {
     "llama": {},
@@ -32,15 +33,6 @@ FAMILIES = {
 ROWS = [[5 + (7 * i + 3 * j * j) % 900 for j in range(24)] for i in range(3)]
 T4 = Card("Tesla T4", "cuda", 2**34, 2**34, (7, 5))
 every_family = pytest.mark.parametrize("kind", FAMILIES)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These models are so small that a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -17,6 +17,7 @@ from qlora.errors import ModelError
 from qlora.packing import Collator, Layout, Proof, best_fit, choose, prove
 from qlora.rendering import IGNORED
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 WINDOW = 8  # shorter than the rows, so that it is felt
 FAMILIES = {
     "llama": {},
@@ -35,15 +36,6 @@ CASES = [
 ]
 ROWS = [[5 + (7 * i + 3 * j * j) % 900 for j in range(length)] for i, length in
         enumerate((24, 31, 9, 2, 17))]  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These models are so small that a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")

@@ -237,7 +237,7 @@ def test_a_family_that_nobody_knows_is_refused(folder: Path, say: Say) -> None:
         (("mine.yaml", "--card", "a100"), "Did you mean A100-40GB, A100-80GB?"),
         (("mine.yaml", "--card", "t4", "quant.compute_dtype=bfloat16"), "does not compute in"),
         (("mine.yaml", "--card", "t4", "lora.target_modules=[w1]"), "w1 matches nothing"),
-        (("mine.yaml", "--card", "t4", "model.name=owner/model"), "its config.json is not in the"),
+        (("mine.yaml", "--card", "t4", "model.name=owner/model"), "not in the local hub cache"),
         (
             ("mine.yaml", "--card", "t4", "model.attn_implementation=flash_attention_2"),
             "which needs a card of capability 8 or newer; this is T4",
@@ -384,6 +384,9 @@ def test_a_published_base_is_planned_where_its_file_is_out_of_reach(
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     code, out, _ = say("qwen3-8b-8gb", "--card", "8GB")
     assert code == 0 and "Qwen/Qwen3-8B (8.19 B) on 8 GB card" in out
+    assert "note: planned with the published shape of Qwen/Qwen3-8B: model.name is" in out
+    code, out, err = say("qwen3-8b-8gb", "--card", "80GB", "data.max_length=65536")
+    assert (code, out) == (2, "") and "has 40,960 positions" in err
     assert say("llama-3.1-8b-12gb", "--card", "12GB")[0] == 0  # the instruction-tuned twin
 
 

@@ -39,17 +39,9 @@ from qlora.errors import HardwareError, Interrupted, TrainingDiverged
 from qlora.invariance import CASES
 from qlora.rundir import Run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
 T4 = Card("T4 on a CPU", "cpu", 2**34, 2**34, (7, 5))
 FITTING, TOO_LARGE = 2.0**10, 2.0**40  # nothing here overflows; everything does
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread():
-    """These models are so small that a second thread would only be waited for."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
