@@ -25,6 +25,8 @@ from qlora import nf4, rundir  # before peft: both import bitsandbytes, and ours
 
 # isort: split
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.lora import LoraLayer
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 from qlora.errors import CheckpointError, RecipeError
 from qlora.settings import Recipe
@@ -115,6 +117,24 @@ def checkpoint_layers(base: Any, layers: bool | int) -> None:
         ]
         for layer in own[layers:]:
             layer.gradient_checkpointing = False
+
+
+def plain_lora(module: nn.Module) -> tuple[nn.Module, LoraLayer | None, str, str]:
+    """(its base, the LoRA around it or None, the adapter's name, why it is no plain LoRA or "")."""
+    if not isinstance(module, BaseTunerLayer):
+        return module, None, "", ""
+    base = module.get_base_layer()
+    if not isinstance(module, LoraLayer):
+        return base, None, "", f"its adapter is a {type(module).__name__}"
+    active = module.active_adapters
+    if len(active) != 1 or active[0] not in module.lora_A:
+        return base, None, "", f"{len(active)} adapters are on at once"
+    name = active[0]
+    if name in module.lora_variant:
+        return base, None, "", f"its adapter is a {type(module.lora_variant[name]).__name__}"
+    if module.lora_B[name].bias is not None:
+        return base, None, "", "its adapter has a bias"
+    return base, module, name, ""
 
 
 def count(model: nn.Module) -> Counts:

@@ -27,6 +27,15 @@ def linears(model: nn.Module) -> Any:
     )
 
 
+def is_plain(linear: nn.Module) -> bool:
+    """Whether a linear's weight is unpacked, or packed as NF4 in bytes that no kernel has reordered."""
+    state = getattr(linear.weight, "quant_state", None)
+    if state is None:
+        return bool(linear.weight.is_floating_point())  # type: ignore[operator,union-attr]
+    reordered = getattr(state, "packing_format_for_cpu", False)
+    return state.quant_type == "nf4" and linear.weight.dtype == torch.uint8 and not reordered
+
+
 def unpacked_numel(parameter: nn.Parameter) -> int:
     """Weights a parameter stands for. A packed ``Params4bit`` has half as many elements, or fewer."""
     state = getattr(parameter, "quant_state", None)

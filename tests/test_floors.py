@@ -20,6 +20,7 @@ import qlora
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "qlora"
 FILES = {path.stem: path for path in PACKAGE.glob("*.py") if path.stem != "__init__"}
+FILES |= {path.parent.name: path.parent for path in PACKAGE.glob("*/__init__.py")}  # folders are nouns too
 HEAVY = ("torch", "transformers", "peft", "trl", "datasets", "bitsandbytes", "accelerate")
 OWNERS = {
     "bitsandbytes": {"bnb"},
@@ -94,7 +95,10 @@ def outsiders(source: str) -> set[str]:
 
 
 def text(name: str) -> str:
-    return FILES[name].read_text(encoding="utf-8")
+    """The source of a module; of a folder, all its files."""
+    path = FILES[name]
+    files = sorted(path.glob("*.py")) if path.is_dir() else [path]
+    return "\n".join(file.read_text(encoding="utf-8") for file in files)
 
 
 def run(code: str) -> dict[str, object]:
@@ -149,11 +153,26 @@ def test_a_module_imports_along_its_own_floor_or_from_below(name: str) -> None:
 
 
 def test_importing_modules_never_goes_round_in_a_circle() -> None:
-    graph = {name: neighbours(text(name), on_import=True) for name in FILES}
+    graph = {name: neighbours(text(name), on_import=True) - {name} for name in FILES}
     assert sum(map(len, graph.values())) > 40  # the graph is really there
     while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
         graph = {name: needs for name, needs in graph.items() if name not in free}
     assert graph == {}
+
+
+def test_importing_within_a_folder_never_goes_round_in_a_circle() -> None:
+    folders = [path for path in FILES.values() if path.is_dir()]
+    assert folders
+    for folder in folders:
+        graph = {}
+        for file in folder.glob("*.py"):
+            names = re.findall(rf"^from qlora\.{folder.name}\.(\w+) import|^from qlora\.{folder.name} import (\w+)",
+                               file.read_text(encoding="utf-8"), re.MULTILINE)  # fmt: skip
+            graph[file.stem] = {first or second for first, second in names}
+        assert sum(map(len, graph.values())) > 5
+        while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
+            graph = {name: needs for name, needs in graph.items() if name not in free}
+        assert graph == {}
 
 
 @pytest.mark.parametrize("name", GROUND)

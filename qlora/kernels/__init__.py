@@ -1,0 +1,13 @@
+"""What makes a QLoRA step faster than the libraries' own, attached to one model and never to a library.
+
+    family      which decoder layers are known, and what is read of them
+    layer       one decoder layer as one autograd function, with levels of what is kept
+    projection  a frozen linear with its adapter, forward and backward
+    attention   causal attention with its two passes apart
+    loss        linear cross entropy over a frozen head
+    ops         the elementwise operators: plain torch on a CPU, Triton on CUDA
+    attached    hangs the layers on a model's instances, and proves them there
+
+Evaluation, generation, saving and merging go the libraries' own way: the fused layer works only while a
+model trains with its one adapter on.
+"""

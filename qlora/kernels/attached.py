@@ -1,0 +1,241 @@
+"""The fused layers, hung on the decoder layers of one model, proven there, and taken off again.
+
+The seam is the public one of a module's instance: its ``forward``. Neither a class nor a library is
+changed, names and state dicts stay what they were, and without gradients, in evaluation, with the adapter
+off, merged or exchanged, the layer's own code runs.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+
+from qlora.cards import Card
+from qlora.kernels.attention import (
+    Bounds,
+    CpuFlash,
+    Differentiated,
+    Efficient,
+    Flash,
+    Kernel,
+    OnCuda,
+)
+from qlora.kernels.family import NotFused, parts_of, require_known
+from qlora.kernels.layer import LEVELS, FusedLayer, Parts
+
+PLAIN_ATTENTION = ("sdpa", "sdpa_without_gqa", "flash_attention_2")
+# Of a tensor's norm, by dtype: what two orders of the same sums may differ by.
+TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
+
+
+class FusedForward:
+    """What stands in a decoder layer's ``forward``."""
+
+    def __init__(self, layer: nn.Module, parts: Parts) -> None:
+        self.layer, self.parts = layer, parts
+
+    def __call__(
+        self,
+        hidden_states: torch.Tensor,
+        *args: Any,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: Any = None,
+        past_key_values: Any = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        trains = self.layer.training and torch.is_grad_enabled()
+        if args or not trains or past_key_values is not None or not self._on():
+            asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
+            own: Any = type(self.layer).forward
+            return own(  # type: ignore[no-any-return]
+                self.layer, hidden_states, *args, past_key_values=past_key_values, **asked, **kwargs
+            )
+        parts = self.parts
+        scores = replace(parts.scores, mask=attention_mask, bounds=_bounds(kwargs))
+        seed = torch.randint(2**62, (1,)) if any(p.drops for p in parts.projections) else None
+        at_work = replace(parts, scores=scores)
+        return FusedLayer.apply(  # type: ignore[no-any-return]
+            at_work, hidden_states, position_embeddings, seed, *parts.parameters
+        )
+
+    def _on(self) -> bool:
+        return all(p.is_on for p in self.parts.projections)
+
+
+def attach(
+    model: Any, card: Card, *, levels: Sequence[int], tile: int | None = None
+) -> list[nn.Module]:
+    """Hang a fused layer on every decoder layer of a model with an adapter.
+
+    Args:
+        model: PEFT's model.
+        card: Decides the attention's kernel.
+        levels: Of each layer, first to last.
+        tile: Rows of the MLP at a time; None for all.
+
+    Returns:
+        The decoder layers.
+
+    Raises:
+        NotFused: Something in it is not known here. Nothing is changed then.
+    """
+    base = model.get_base_model()
+    found = require_known(base)
+    hung = [
+        (layer, parts_of(layer, attention_of(layer, card), level, tile))
+        for layer, level in zip(found, levels, strict=True)
+    ]
+    for layer, parts in hung:
+        layer.forward = FusedForward(layer, parts)
+    return found
+
+
+def detach(layers: Sequence[nn.Module]) -> None:
+    """Take the fused layers off again."""
+    for layer in layers:
+        layer.__dict__.pop("forward", None)
+
+
+def attention_of(layer: Any, card: Card) -> Kernel:
+    """How this layer's attention is computed on this card."""
+    attn = layer.self_attn
+    name = attn.config._attn_implementation
+    softcap = getattr(attn, "attn_logit_softcapping", None)
+    if name in PLAIN_ATTENTION and softcap is None:
+        if card.kind == "cpu":
+            return CpuFlash()
+        recent = card.capability is not None and card.capability >= (8, 0)
+        return OnCuda(Flash() if recent and attn.head_dim <= 256 else Efficient(), Efficient())
+    eager = getattr(sys.modules[type(attn).__module__], "eager_attention_forward", None)
+    function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
+    window = getattr(attn, "sliding_window", None)
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
+    ) -> torch.Tensor:
+        options = {} if softcap is None else {"softcap": softcap}
+        return function(  # type: ignore[no-any-return]
+            attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **options
+        )[0]
+
+    return Differentiated(attend)
+
+
+def _bounds(kwargs: dict[str, Any]) -> Bounds | None:
+    """The bounds of packed rows, as transformers hands them to FlashAttention."""
+    offsets = kwargs.get("cu_seq_lens_q")
+    return None if offsets is None else Bounds(offsets, int(kwargs["max_length_q"]))
+
+
+@dataclass(frozen=True)
+class Proof:
+    """How far the fused layers were from the libraries' on this machine: the largest relative error.
+
+    Relative to the norm of each tensor: outputs, gradients of inputs and of adapters.
+    """
+
+    error: float
+    compared: int
+
+    def __str__(self) -> str:
+        return f"{self.compared} tensors within {self.error:.1g} of the libraries' own"
+
+
+def prove(model: Any, layers: Sequence[Any], asked: dict[str, Any]) -> Proof:
+    """Compare the fused layers with the layers' own code, on this machine and with these weights.
+
+    One layer of each kind is passed forward and backward, at the outermost levels, with the hidden states
+    that the model gives it. Adapter weights and random state are left as they were.
+
+    Args:
+        model: PEFT's, with fused layers on it.
+        layers: What :func:`attach` returned.
+        asked: Arguments of the model: a short batch, laid out as in training.
+
+    Raises:
+        NotFused: They differ, or the fused one fails; says by how much, or how.
+    """
+    given: dict[int, tuple[Any, Any]] = {}
+    chosen = {_kind(layer.forward.parts): layer for layer in reversed(layers)}.values()
+    hooks = [
+        layer.register_forward_pre_hook(
+            lambda module, args, kwargs: given.__setitem__(id(module), (args, kwargs)),
+            with_kwargs=True,
+        )
+        for layer in chosen
+    ]
+    base = model.get_base_model()
+    was = model.training
+    devices = [asked["input_ids"].device] if asked["input_ids"].is_cuda else []
+    try:
+        with torch.random.fork_rng(devices=devices):
+            model.eval()
+            with torch.no_grad():
+                base.base_model(**asked, use_cache=False)
+            model.train()
+            compared = [error for layer in chosen for error in _compare(layer, *given[id(layer)])]
+    except (RuntimeError, AssertionError, AttributeError, TypeError, ImportError) as error:
+        said = next((line for line in str(error).splitlines() if line.strip()), "")
+        raise NotFused(f"they fail on this machine: {type(error).__name__}: {said}") from None
+    finally:
+        for hook in hooks:
+            hook.remove()
+        model.train(was)
+    dtype = chosen.__iter__().__next__().input_layernorm.weight.dtype
+    worst = max(compared)
+    if not worst <= TOLERANCE[dtype]:
+        raise NotFused(
+            f"they compute something else on this machine: a relative error of {worst:.2g}, where "
+            f"rounding explains {TOLERANCE[dtype]}"
+        )
+    return Proof(worst, len(compared))
+
+
+def _kind(parts: Parts) -> tuple[Any, ...]:
+    return parts.rotates, parts.scores.window
+
+
+def _compare(layer: Any, args: Any, kwargs: Any) -> Iterator[float]:
+    """The relative errors of a layer's output and gradients, at levels 1 and 5."""
+    hidden, *rest = args if args else (kwargs["hidden_states"],)
+    kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
+    fused: FusedForward = layer.forward
+    trained = fused.parts.parameters
+    before = [p.detach().clone() for p in trained]
+    drops = [m for m in layer.modules() if isinstance(m, nn.Dropout)]
+    rates = [m.p for m in drops]
+    upstream = torch.randn_like(hidden)
+
+    def passed(forward: Any) -> list[torch.Tensor]:
+        x = hidden.detach().clone().requires_grad_()
+        with torch.autocast(
+            hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32
+        ):
+            y = forward(x, *rest, **kwargs)
+        return [y.detach(), *torch.autograd.grad(y, [x, *trained], upstream)]
+
+    try:
+        with torch.no_grad():
+            for m in drops:
+                m.p = 0.0
+            for p in trained:  # B is zero before the first step, and would hide what A does
+                p.add_(torch.randn_like(p) * 0.02)
+        own = passed(lambda *a, **k: type(layer).forward(layer, *a, **k))
+        for level in (LEVELS[0], LEVELS[-1]):
+            again = passed(FusedForward(layer, replace(fused.parts, level=level)))
+            yield from (
+                float((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-30))
+                for a, b in zip(own, again, strict=True)
+            )
+    finally:
+        with torch.no_grad():
+            for p, value in zip(trained, before, strict=True):
+                p.copy_(value)
+            for m, rate in zip(drops, rates, strict=True):
+                m.p = rate
