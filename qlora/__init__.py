@@ -6,9 +6,10 @@ one above; the ground floor never imports torch. A test reads this map and holds
     3 front door   cli, __main__
     2 stories      planning, trainer, sft, rehearsal, dress, evaluation, chat, doctor, draft,
                    selftest, invariance, preview, accounting, page
-    1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, offload, phantom, tracing,
-                   tokenizer, rendering, shortening, parity, table, intake, preparation, data, packing,
-                   generation, screen, timeline, callbacks, tracking
+    1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, kernels, offload,
+                   phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,
+                   intake, preparation, data, packing, prefetch, generation, screen, timeline,
+                   callbacks, tracking
     0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, shape, cards,
                    fitting, speed, siblings, plansheet, records, sources, ledger, rundir, places, vault,
                    hub, errors

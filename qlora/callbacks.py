@@ -28,7 +28,8 @@ class TrackedProgress(TrainerCallback):
     """Writes ``metrics.jsonl``, moves the bar, and tells the tracker: one line a log step.
 
     ``tokens_per_second`` counts tokens that are not padding over the time of training steps alone:
-    evaluations and saves do not slow it down on paper.
+    evaluations and saves do not slow it down on paper. ``data_wait`` is the share of the time of the
+    training loop, steps and waits, in which it waited for rows.
     """
 
     def __init__(self, path: Path, screen: Screen, card: Card, tracker: Any) -> None:
@@ -37,6 +38,7 @@ class TrackedProgress(TrainerCallback):
         self.card = card
         self.tracker = tracker
         self.train_seconds = 0.0
+        self.wait_seconds = 0.0  # for rows; in no step's time
         self.steps = 0  # of this process: a resumed run has taken more
         self.tokens = 0
         self.has_learned = False  # a step was taken with a learning rate above zero
@@ -44,6 +46,7 @@ class TrackedProgress(TrainerCallback):
         self._step = 0
         self._began = 0.0
         self._logged_seconds = 0.0
+        self._logged_wait = 0.0
         self._logged_tokens = 0
         self._bar: Progress | None = None
         self._task = TaskID(0)
@@ -61,6 +64,15 @@ class TrackedProgress(TrainerCallback):
                 yield
             finally:
                 self._bar = None
+
+    @property
+    def data_wait(self) -> float:
+        """The share of the run so far; 0 to 1."""
+        return _share(self.wait_seconds, self.train_seconds)
+
+    def waited(self, seconds: float) -> None:
+        """Count what the next step waited for its rows."""
+        self.wait_seconds += seconds
 
     def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None:
         """Count the tokens of a micro-batch, and see whether it needed more memory than those before."""
@@ -104,7 +116,9 @@ class TrackedProgress(TrainerCallback):
             line["tokens_per_second"] = round(
                 (self.tokens - self._logged_tokens) / max(seconds, 1e-9), 1
             )
+            line["data_wait"] = _share(self.wait_seconds - self._logged_wait, seconds)
             self._logged_seconds, self._logged_tokens = self.train_seconds, self.tokens
+            self._logged_wait = self.wait_seconds
             line["memory_bytes"], line["peak_memory_bytes"] = hardware.memory_in_use(self.card)
             line["peak_step"] = self.timeline.peak_step
             line["peak_tokens"] = self.timeline.peak_tokens
@@ -139,6 +153,9 @@ class StopOnNonFinite(TrainerCallback):
         self.addresses = addresses
         self.scaled = scaled
         self._seen: list[tuple[list[int], torch.Tensor]] = []
+
+    def waited(self, seconds: float) -> None:
+        """Of no concern here."""
 
     def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None:
         """Remember a micro-batch, without waiting for the device."""
@@ -181,6 +198,10 @@ class AfterSave(TrainerCallback):
 
     def on_save(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         self.then(Path(args.output_dir) / f"checkpoint-{state.global_step}")
+
+
+def _share(waited: float, trained: float) -> float:
+    return round(waited / max(waited + trained, 1e-9), 4)
 
 
 def finite(value: Any) -> Any:

@@ -14,6 +14,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 
 from qlora.errors import ModelError
@@ -113,7 +114,8 @@ class Collator:
     (B, T), and ``position_ids`` (B, T) that begin anew with each row where rows are packed, else an
     ``attention_mask`` (B, T). Beside it, plain Python values that cost the device nothing: per
     micro-batch ``rows``, the row numbers, and ``tokens``, padding left out; and ``supervised``, the
-    step's tokens that a loss is taken over.
+    step's tokens that a loss is taken over. A row's ``input_ids`` and ``labels`` are lists or, much faster,
+    arrays.
     """
 
     def __init__(self, layout: Layout, pad_token_id: int, multiple: int = 1) -> None:
@@ -128,8 +130,10 @@ class Collator:
             "micro_batches": [
                 self._tensors([[step[i] for i in one] for one in batch]) for batch in chosen
             ],
-            "rows": [[step[i]["row"] for one in batch for i in one] for batch in chosen],
-            "supervised": sum(sum(label != IGNORED for label in row["labels"][1:]) for row in step),
+            "rows": [[int(step[i]["row"]) for one in batch for i in one] for batch in chosen],
+            "supervised": sum(
+                int(np.count_nonzero(np.asarray(row["labels"])[1:] != IGNORED)) for row in step
+            ),
             "tokens": [sum(lengths[i] for one in batch for i in one) for batch in chosen],
         }
 
@@ -138,25 +142,30 @@ class Collator:
             sequences = [[row for one in sequences for row in one]]
         longest = max(sum(len(row["input_ids"]) for row in one) for one in sequences)
         shape = (len(sequences), math.ceil(longest / self.multiple) * self.multiple)
-        ids = torch.full(shape, self.pad_token_id)
-        labels = torch.full(shape, IGNORED)
+        # In numpy: torch would start its threads anew for the thread that collates.
+        ids = np.full(shape, self.pad_token_id, np.int64)
+        labels = np.full(shape, IGNORED, np.int64)
         # What is left at a sequence's end is, like a row, a stretch of its own: no row can see it.
-        positions = torch.zeros(shape, dtype=torch.long)
-        mask = torch.zeros(shape, dtype=torch.long)
+        positions = np.zeros(shape, np.int64)
+        mask = np.zeros(shape, np.int64)
         for index, one in enumerate(sequences):
             at = 0
             for row in one:
                 end = at + len(row["input_ids"])
-                ids[index, at:end] = torch.tensor(row["input_ids"])
-                labels[index, at:end] = torch.tensor(row["labels"])
+                ids[index, at:end] = row["input_ids"]
+                labels[index, at:end] = row["labels"]
                 labels[index, at] = IGNORED  # the token before it belongs to another row
-                positions[index, at:end] = torch.arange(end - at)
+                positions[index, at:end] = np.arange(end - at)
                 at = end
             mask[index, :at] = 1
-            positions[index, at:] = torch.arange(shape[1] - at)
-        if self.layout.packed or self.layout.flat:
-            return {"input_ids": ids, "labels": labels, "position_ids": positions}
-        return {"input_ids": ids, "labels": labels, "attention_mask": mask}
+            positions[index, at:] = np.arange(shape[1] - at)
+        third = (
+            {"position_ids": positions}
+            if self.layout.packed or self.layout.flat
+            else {"attention_mask": mask}
+        )
+        laid_out = {"input_ids": ids, "labels": labels, **third}
+        return {name: torch.from_numpy(array) for name, array in laid_out.items()}
 
 
 def choose(

@@ -324,6 +324,18 @@ SFT_CONFIG_OWNED: dict[str, str] = {
     "output_dir": "run.dir",
     "per_device_eval_batch_size": "train.per_device_train_batch_size",
     "data_seed": "train.seed",
+    **{
+        f"dataloader_{name}": "nothing: a thread prepares the next step's rows"
+        for name in (
+            "num_workers",
+            "prefetch_factor",
+            "persistent_workers",
+            "multiprocessing_context",
+            "in_order",
+        )
+    },
+    "dataloader_pin_memory": "the hardware found",
+    "accelerator_config": "nothing: there is one device",
     "use_cpu": "the hardware found",
     "trust_remote_code": "nothing: remote code is never run",
     "hub_token": "nothing: tokens come from the environment (HF_TOKEN)",

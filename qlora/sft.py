@@ -10,9 +10,11 @@ import dataclasses
 import difflib
 import importlib.metadata
 import math
+import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from functools import cached_property
 from typing import Any, Protocol
 
 import torch
@@ -29,13 +31,19 @@ from qlora.data import Prepared
 from qlora.errors import RecipeError
 from qlora.offload import InputsOnHost
 from qlora.packing import Collator, Layout
+from qlora.prefetch import Prefetcher
 from qlora.rendering import IGNORED
 from qlora.rundir import Run
 from qlora.settings import Recipe
 
 
 class Observer(Protocol):
-    """Told of every micro-batch that trains: its rows, and its tokens without padding and with it."""
+    """Told of every micro-batch that trains: its rows, and its tokens without padding and with it.
+
+    And of the seconds that each step waited for its rows.
+    """
+
+    def waited(self, seconds: float) -> None: ...
 
     def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None: ...
 
@@ -51,6 +59,29 @@ class RowTrainer(SFTTrainer):
     observers: Sequence[Observer] = ()
     offloads = False  # of the inputs of recomputed layers
     _held_out_sums: list[tuple[float, int]]
+
+    @cached_property
+    def prefetcher(self) -> Prefetcher:
+        return Prefetcher()
+
+    def get_train_dataloader(self) -> Any:
+        return self.prefetcher.loader(super().get_train_dataloader())
+
+    def get_eval_dataloader(self, *args: Any, **kwargs: Any) -> Any:
+        return self.prefetcher.loader(super().get_eval_dataloader(*args, **kwargs))
+
+    def get_batch_samples(self, *args: Any, **kwargs: Any) -> Any:
+        """The Trainer's: the next batch of the loader. What that takes is what training waits for data."""
+        began = time.perf_counter()
+        found = super().get_batch_samples(*args, **kwargs)
+        seconds = time.perf_counter() - began
+        for observer in self.observers:
+            observer.waited(seconds)
+        return found
+
+    def train(self, *args: Any, **kwargs: Any) -> Any:
+        with self.prefetcher.running():
+            return super().train(*args, **kwargs)
 
     def training_step(
         self, model: Any, inputs: dict[str, Any], num_items_in_batch: Any = None
@@ -100,7 +131,7 @@ class RowTrainer(SFTTrainer):
     def evaluate(self, *args: Any, **kwargs: Any) -> Any:
         """TRL's evaluation, without a trace: its loader would draw from dropout's random state."""
         devices = [self.args.device] if self.args.device.type == "cuda" else []
-        with torch.random.fork_rng(devices=devices):
+        with torch.random.fork_rng(devices=devices), self.prefetcher.running():
             return super().evaluate(*args, **kwargs)
 
     def compute_loss(
@@ -122,13 +153,16 @@ class RowTrainer(SFTTrainer):
         usual = usual and self.label_smoother is None  # TRL's own path knows it
         plain = self.args.use_cpu or adapter.trains_tokens(self.model)
         if not usual or return_outputs:
+            self.prefetcher.begin()
             return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
         supervised = num_items_in_batch
         if supervised is None:
             supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
         away = self.offloads and model.training and torch.is_grad_enabled()
         with InputsOnHost() if away else nullcontext():
-            return loss_of(model, inputs, supervised, materialize=plain)
+            loss = loss_of(model, inputs, supervised, materialize=plain)
+        self.prefetcher.begin()  # the device has the forward pass in hand
+        return loss
 
     def create_optimizer(self, *args: Any, **kwargs: Any) -> Any:
         adapter.restore_dtype(self.model)

@@ -174,6 +174,7 @@ def train(
             "total_parameters": counts.total,
             "tokens": progress.tokens,
             "train_seconds": round(progress.train_seconds, 2),
+            "data_wait": progress.data_wait,
             "total_seconds": round(time.perf_counter() - started, 2),
             "peak_memory_bytes": hardware.memory_in_use(card)[1],
             "peak_step": progress.timeline.peak_step,

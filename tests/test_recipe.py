@@ -626,6 +626,9 @@ def test_what_only_resembles_a_secret_is_let_through(
         ("trust_remote_code", "remote code is never run"),
         ("hub_token", "HF_TOKEN"),
         ("packing", "data.packing"),
+        ("dataloader_num_workers", "a thread prepares the next step's rows"),
+        ("dataloader_pin_memory", "the hardware found"),
+        ("accelerator_config", "there is one device"),
     ],
 )
 def test_an_sft_config_key_that_has_an_owner_is_refused(
