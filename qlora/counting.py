@@ -24,7 +24,7 @@ ATTENTION = {
     "_flash_attention_forward": (2, False),
     "_flash_attention_backward": (5, False),
     "_efficient_attention_forward": (2, False),
-    "_efficient_attention_backward": (5, False),
+    "efficient_attention_backward": (5, False),
 }
 SILENT = {
     "empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided", "detach", "alias",

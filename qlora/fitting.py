@@ -7,11 +7,13 @@ rows of an optimizer step stay the same, so what is learned does too.
 
 from __future__ import annotations
 
+import itertools
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qlora import memory
+from qlora import fused, memory
 from qlora.cards import GIB, Card, optimizer
 from qlora.errors import CheckpointError
 from qlora.memory import Plan
@@ -22,7 +24,7 @@ from qlora.speed import checkpointed_layers, cost_per_token, flops_per_token
 MARGIN = 0.03  # of the free bytes: how far the quick plan may be off (scripts/bench_plan.py)
 CHOSEN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
-    "activation_offload", "optim",
+    "levels", "activation_offload", "optim",
 )  # fmt: skip
 # transformers' names (5.23) of one optimizer, unpaged and paged.
 _FROM_PAGED = {
@@ -33,6 +35,13 @@ _FROM_PAGED = {
 _TO_PAGED = {plain: paged for paged, plain in _FROM_PAGED.items()} | {
     "adamw_torch_fused": "paged_adamw_32bit",
     "adamw_bnb_8bit": "paged_adamw_8bit",
+}
+_MADE_AGAIN = {
+    1: "keep all they need",
+    2: "compute gate and up again",
+    3: "compute gate, up, q, k and v again",
+    4: "compute all but attention again",
+    5: "compute everything again",
 }
 _TOKENS = 64  # lengths are looked for in multiples of this
 MOST_TOKENS, MOST_ROWS = 1 << 20, 4096  # as far as anybody looks
@@ -64,6 +73,7 @@ def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
         HardwareError: As :func:`qlora.memory.plan`.
         ModelError: As :func:`qlora.memory.plan`.
     """
+    recipe = fused.on_card(recipe, card)
     if recipe.train.fit == "as_written":
         plan = memory.plan(recipe, shape, card)
         memory.require_fit(plan)
@@ -100,6 +110,7 @@ def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> F
         return fit(recipe, shape, card)
     try:
         values = {name: stored["chosen"][name] for name in CHOSEN}
+        values["levels"] = values["levels"] and tuple(values["levels"])
     except (KeyError, TypeError):
         raise CheckpointError(
             "plan.json does not say which settings train.fit: auto chose for this run. Start it again."
@@ -161,6 +172,10 @@ def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
                 activation_offload=False,
             )
 
+            if fused.applies(recipe, shape):
+                yield from _levels(base, shape, card)
+                continue
+
             def kept(layers: int, base: Recipe = base) -> Recipe:
                 """With so many layers that keep everything."""
                 value: bool | int = shape.layers - layers
@@ -174,6 +189,33 @@ def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
             yield kept(most)
             if most == 0 and card.kind == "cuda":
                 yield _with(base, activation_offload=True)
+
+
+def _levels(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
+    """For each two levels the fewest layers at the higher one that fit; at last everything anew.
+
+    More than two levels at once would save nothing: what a level costs and what it saves are proportional
+    to its layers.
+    """
+
+    def mixed(low: int, high: int, layers: int) -> Recipe:
+        counts = [0] * len(fused.LEVELS)
+        counts[low - 1] += layers
+        counts[high - 1] += shape.layers - layers
+        return _with(base, activation_checkpointing=high == 5, levels=tuple(counts))
+
+    fits = []
+    for low, high in itertools.combinations(fused.LEVELS, 2):
+        most = _last(
+            lambda n, a=low, b=high: memory.predict(mixed(a, b, n), shape, card).fits,  # type: ignore[misc]
+            shape.layers,
+        )
+        if most:
+            fits.append(mixed(low, high, most))
+    yield from fits
+    yield mixed(4, 5, 0)
+    if not fits and card.kind == "cuda":
+        yield _with(base, activation_offload=True)
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
@@ -198,6 +240,22 @@ def _paged(optim: str, paged: bool) -> str:
     return _TO_PAGED.get(optim, optim) if paged else _FROM_PAGED.get(optim, optim)
 
 
+def _of_levels(chosen: Recipe, shape: Shape, more: float, most: float) -> list[str]:
+    """What the layers keep, in a sentence."""
+    counts = Counter(fused.levels_of(chosen, shape))
+    if set(counts) == {1}:
+        return [
+            f"every layer keeps all it needs: none is computed again, which would cost {most:.0%} more"
+        ]
+    kept = " and ".join(
+        f"{count} of {shape.layers} layers {_MADE_AGAIN[level]}"
+        for level, count in sorted(counts.items())
+    )
+    return [
+        f"{kept}: {more:.0%} more arithmetic; to compute everything again would cost {most:.0%}"
+    ]
+
+
 def _with(recipe: Recipe, **values: Any) -> Recipe:
     return recipe.model_copy(update={"train": recipe.train.model_copy(update=values)})
 
@@ -206,10 +264,9 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
     """Why these settings, in sentences with figures."""
     train, free = chosen.train, plan.card.free_bytes
     again = checkpointed_layers(chosen, shape)
-    least = flops_per_token(
-        _with(chosen, activation_checkpointing=False, activation_offload=False), shape
-    )
-    most = flops_per_token(_with(chosen, activation_checkpointing=True), shape)
+    freed = {"levels": None, "activation_offload": False}
+    least = flops_per_token(_with(chosen, activation_checkpointing=False, **freed), shape)
+    most = flops_per_token(_with(chosen, activation_checkpointing=True, **freed), shape)
     more = flops_per_token(chosen, shape) / least - 1
     asked = {name: getattr(written.train, name) for name in CHOSEN}
     now = {name: getattr(train, name) for name in CHOSEN}
@@ -222,7 +279,9 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
         f"at most {train.gradient_accumulation_steps} a step: "
         f"{train.per_device_train_batch_size * train.gradient_accumulation_steps} rows, as written",
     ]
-    if again == 0:
+    if fused.applies(chosen, shape):
+        said += _of_levels(chosen, shape, more, most / least - 1)
+    elif again == 0:
         said.append(
             f"no layer is computed again: that would cost {most / least - 1:.0%} more arithmetic"
         )

@@ -22,12 +22,13 @@ from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import logging as transformers_logging
 
-from qlora import cards, configfile, hardware, nf4, rundir, vault, weights
-from qlora.attention import sdpa_on
+from qlora import cards, configfile, fused, hardware, nf4, rundir, vault, weights
+from qlora.attention import bounded, sdpa_on
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
 from qlora.recipe import is_local, local_path
 from qlora.settings import Recipe
+from qlora.shape import Shape
 
 MIN_KEPT_BYTES = 256 * 2**20  # of a checkpoint; a smaller one is quantized in a moment
 # Of a kept base: on its way from a card to the disk a whole file passes through the host's memory.
@@ -267,11 +268,17 @@ def attention_on(card: Card, recipe: Recipe, config: BaseConfig) -> str:
         )
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.config), None)
     if asked == "auto":
-        if hardware.has_flash_attention(card) and cards.compute_dtype(recipe, card) != "float32":
+        # Fused layers call the same kernels, of PyTorch's own, for packed rows too.
+        plain = card.kind == "cpu" or not fused.applies(recipe, Shape.from_config(config.values))
+        in_16_bits = cards.compute_dtype(recipe, card) != "float32"
+        if plain and in_16_bits and hardware.has_flash_attention(card):
             return "flash_attention_2"
         asked = "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
     # Falcon has its own way to SDPA, past the registered ones; it never asks for shared heads.
     takes_ours = getattr(architecture, "_can_set_attn_implementation", lambda: True)()
+    fuses = card.kind == "cuda" and fused.applies(recipe, Shape.from_config(config.values))
+    if fuses and asked == "sdpa" and takes_ours:
+        return bounded()
     return sdpa_on(card) if asked == "sdpa" and takes_ours else asked
 
 

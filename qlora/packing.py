@@ -17,10 +17,12 @@ from typing import Any
 import numpy as np
 import torch
 
+from qlora.attention import BOUNDED
 from qlora.errors import ModelError
 from qlora.rendering import IGNORED
 from qlora.settings import Recipe
 
+FLAT = ("flash_attention_2", BOUNDED)  # attention that takes rows' bounds
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.1, torch.float16: 0.02}  # of the largest logit
 
 
@@ -112,10 +114,11 @@ class Collator:
 
     Gives ``micro_batches``, a list of mappings for the model: ``input_ids`` and ``labels`` of shape
     (B, T), and ``position_ids`` (B, T) that begin anew with each row where rows are packed, else an
-    ``attention_mask`` (B, T). Beside it, plain Python values that cost the device nothing: per
-    micro-batch ``rows``, the row numbers, and ``tokens``, padding left out; and ``supervised``, the
-    step's tokens that a loss is taken over. A row's ``input_ids`` and ``labels`` are lists or, much faster,
-    arrays.
+    ``attention_mask`` (B, T); ``supervised_at``, the places in B x T whose next token is supervised; and in
+    a flat layout the rows' bounds under transformers' names, ``cu_seq_lens_q`` and the like. Beside it,
+    plain Python values that cost the device nothing: per micro-batch ``rows``, the row numbers, and
+    ``tokens``, padding left out; and ``supervised``, the step's tokens that a loss is taken over. A row's
+    ``input_ids`` and ``labels`` are lists or, much faster, arrays.
     """
 
     def __init__(self, layout: Layout, pad_token_id: int, multiple: int = 1) -> None:
@@ -137,7 +140,7 @@ class Collator:
             "tokens": [sum(lengths[i] for one in batch for i in one) for batch in chosen],
         }
 
-    def _tensors(self, sequences: list[list[dict[str, Any]]]) -> dict[str, torch.Tensor]:
+    def _tensors(self, sequences: list[list[dict[str, Any]]]) -> dict[str, Any]:
         if self.layout.flat:
             sequences = [[row for one in sequences for row in one]]
         longest = max(sum(len(row["input_ids"]) for row in one) for one in sequences)
@@ -164,8 +167,40 @@ class Collator:
             if self.layout.packed or self.layout.flat
             else {"attention_mask": mask}
         )
-        laid_out = {"input_ids": ids, "labels": labels, **third}
-        return {name: torch.from_numpy(array) for name, array in laid_out.items()}
+        at = np.flatnonzero(labels[:, 1:] != IGNORED)
+        at += at // max(shape[1] - 1, 1)  # the last place of a sequence has no next token
+        laid_out = {"input_ids": ids, "labels": labels, "supervised_at": at, **third}
+        tensors = {name: torch.from_numpy(array) for name, array in laid_out.items()}
+        return tensors | (_bounds(positions[0]) if self.layout.flat else {})
+
+
+def sample(rows: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
+    """A short packed batch of a few rows as the model takes it, for trying things on a loaded model."""
+    short = [list(row)[:32] for row in rows]
+    layout = Layout(32 * len(short), 1, packed=True, flat=attention in FLAT)
+    batch = Collator(layout, 0)._tensors(
+        [[{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in short]]
+    )
+    return on(device, for_model(batch))
+
+
+def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
+    """A batch with its tensors on a device."""
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
+
+
+def _bounds(positions: np.ndarray) -> dict[str, Any]:
+    """Where the rows of one sequence end, as transformers hands it on to FlashAttention."""
+    offsets = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
+    tensor, longest = torch.from_numpy(offsets), int(np.diff(offsets).max())
+    return {
+        "cu_seq_lens_q": tensor, "cu_seq_lens_k": tensor, "max_length_q": longest, "max_length_k": longest,
+    }  # fmt: skip
+
+
+def for_model(batch: dict[str, Any]) -> dict[str, Any]:
+    """What of a micro-batch the model itself takes."""
+    return {k: v for k, v in batch.items() if k not in ("labels", "supervised_at")}
 
 
 def choose(
@@ -182,7 +217,7 @@ def choose(
     Raises:
         ModelError: Packing is asked for and the model's attention lets packed rows see each other.
     """
-    asked, flat = recipe.data.packing, attention == "flash_attention_2"
+    asked, flat = recipe.data.packing, attention in FLAT
     sequences = recipe.train.per_device_train_batch_size
     padded = Layout(recipe.data.max_length, sequences, packed=False)
     if asked is False:
@@ -240,11 +275,8 @@ def prove(model: Any, rows: Sequence[Sequence[int]], *, flat: bool = False) -> P
         batch = collator._tensors(
             [[{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in packed]]
         )
-        out = model(
-            input_ids=batch["input_ids"].to(device),
-            position_ids=batch["position_ids"].to(device),
-            use_cache=False,
-        )
+        asked = on(device, for_model(batch))
+        out = model(**asked, use_cache=False)
         return out.logits[0].float()  # type: ignore[no-any-return]
 
     training = model.training

@@ -12,9 +12,12 @@ from accelerate.utils import convert_outputs_to_fp32
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora import cards, fitting, loader, memory, phantom, sft
+from qlora import cards, fitting, fused, loader, memory, packing, phantom, sft
+from qlora.attention import BOUNDED, bounded
 from qlora.cards import Card
 from qlora.fitting import Fitted
+from qlora.kernels import attached
+from qlora.kernels.loss import Dense
 from qlora.memory import Plan
 from qlora.offload import InputsOnHost
 from qlora.settings import Recipe
@@ -36,25 +39,38 @@ def trace(recipe: Recipe, config: Any, card: Card, attention: str = "sdpa") -> M
     """
     mode = FakeTensorMode()
     dtype = getattr(torch, cards.compute_dtype(recipe, card))
+    shape = Shape.from_config(config.to_dict())
+    fuses = fused.applies(recipe, shape)
+    if fuses and card.kind == "cuda" and attention == "sdpa":
+        attention = bounded()
     if attention == "flash_attention_2":
         attention = phantom.unmasked_attention()
     model = phantom.build(
         config, recipe, dtype, attention, phantom.fakes_of(mode), as_on_card=card.kind == "cuda"
     )
+    if fuses:
+        attached.attach(model, card, levels=fused.levels_of(recipe, shape))
     with mode:
         return step(model, batch(recipe, attention), recipe, card)
 
 
-def batch(recipe: Recipe, attention: str) -> dict[str, torch.Tensor]:
+def batch(recipe: Recipe, attention: str) -> dict[str, Any]:
     """The worst micro-batch: every sequence full of tokens that train, laid out as the recipe says."""
     shape = recipe.train.per_device_train_batch_size, recipe.data.max_length
     ids = torch.zeros(shape, dtype=torch.long)
     positions = torch.arange(shape[1]).repeat(shape[0], 1)
-    if attention in ("flash_attention_2", phantom.UNMASKED):
+    flat = attention in ("flash_attention_2", phantom.UNMASKED, BOUNDED)
+    if flat:
         ids, positions = ids.flatten()[None], positions.flatten()[None]
+    at = torch.arange(ids.numel()).view(ids.shape)[:, :-1].flatten()
+    laid_out = {"input_ids": ids, "labels": ids.clone(), "supervised_at": at}
     if recipe.data.packing is False:
-        return {"input_ids": ids, "labels": ids.clone(), "attention_mask": torch.ones_like(ids)}
-    return {"input_ids": ids, "labels": ids.clone(), "position_ids": positions}
+        return laid_out | {"attention_mask": torch.ones_like(ids)}
+    bounds: dict[str, Any] = {}
+    if flat:
+        offsets = torch.arange(0, ids.numel() + 1, shape[1], dtype=torch.int32)
+        bounds = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": shape[1], "max_length_k": shape[1]}  # noqa: E501  # fmt: skip
+    return laid_out | {"position_ids": positions} | bounds
 
 
 def step(model: Any, inputs: dict[str, Any], recipe: Recipe, card: Card) -> MemoryTracer:
@@ -69,7 +85,7 @@ def step(model: Any, inputs: dict[str, Any], recipe: Recipe, card: Card) -> Memo
     for category, tensor in phantom.frozen(model):
         tracer.own(category, [tensor])
     tracer.own("adapters", trained)
-    tracer.own("batch", inputs.values())
+    tracer.own("batch", (value for value in inputs.values() if isinstance(value, torch.Tensor)))
     passes = 1 + (recipe.train.gradient_accumulation_steps > 1)
     name = cards.optimizer(recipe, card)
     offloads = recipe.train.activation_offload and card.kind == "cuda"  # else the host is the card
@@ -105,16 +121,26 @@ def forward(
     in_16_bits = dtype != torch.float32
     autocast = torch.autocast("cpu", dtype, enabled=in_16_bits)
     try:
+        head = fused_head(model, recipe)
+        if head is not None:
+            return sft.loss_of(model, inputs, 1, materialize=False, head=head)
         if not tiled(recipe, card):
             run = convert_outputs_to_fp32(autocast(model.__call__)) if in_16_bits else model
             return sft.loss_of(run, inputs, 1, materialize=True)
-        asked = {key: value for key, value in inputs.items() if key != "labels"}
+        asked = packing.for_model(inputs)
         with autocast:
             hidden = backbone(**asked, use_cache=False).last_hidden_state[:, :-1]
-            head = model.get_base_model().get_output_embeddings().weight
-            return TiledLoss.apply(hidden, head, dtype)
+            weight = model.get_base_model().get_output_embeddings().weight
+            return TiledLoss.apply(hidden, weight, dtype)
     finally:
         hook.remove()
+
+
+def fused_head(model: Any, recipe: Recipe) -> Dense | None:
+    """The head of the loss of :mod:`qlora.kernels`, if its layers are on this model."""
+    if recipe.lora.train_new_tokens or not attached.is_attached(model):
+        return None
+    return Dense(model.get_base_model().get_output_embeddings().weight)
 
 
 def tiled(recipe: Recipe, card: Card) -> bool:

@@ -239,6 +239,22 @@ class Train(_Section):
         description="Recompute activations in the backward pass: a third slower, far smaller. A number: "
         "only in so many layers, counted from the first.",
     )
+    kernels: Literal["auto", "off"] = Field(
+        "auto",
+        description="auto: decoder layers and loss are computed by qlora.kernels where they know the "
+        "family: the same gradients with fewer operations and less memory, proven on the loaded model at "
+        "the start; else, and with off, by the libraries.",
+    )
+    levels: Annotated[
+        tuple[NotNegative, NotNegative, NotNegative, NotNegative, NotNegative] | None,
+        BeforeValidator(_as_tuple),
+    ] = Field(
+        None,
+        description="With kernels, how many layers keep what for the backward pass: five counts that add "
+        "up to the model's layers. Level 1 keeps all; 2 computes gate and up again, 3 also q, k, v, 4 also "
+        "the residual after attention, 5 everything. null: level 5 where activation_checkpointing asks for "
+        "it, else 1.",
+    )
     activation_offload: bool = Field(
         False,
         description="Keep the inputs of recomputed layers in the host's memory, where that is not the card "
@@ -246,9 +262,9 @@ class Train(_Section):
     )
     fit: Literal["as_written", "auto"] = Field(
         "as_written",
-        description="auto: micro-batch, accumulation, activation_checkpointing, activation_offload and "
-        "paging of the optimizer are chosen for the card, for the least arithmetic that fits; the rows of "
-        "an optimizer step stay the same. as_written: what does not fit is refused.",
+        description="auto: micro-batch, accumulation, activation_checkpointing, levels, activation_offload "
+        "and paging of the optimizer are chosen for the card, for the least arithmetic that fits; the rows "
+        "of an optimizer step stay the same. as_written: what does not fit is refused.",
     )
     rehearse: Literal["auto", True, False] = Field(
         "auto",
@@ -275,6 +291,16 @@ class Train(_Section):
                 "train.activation_offload keeps the inputs of recomputed layers in the host's memory, but "
                 f"train.activation_checkpointing is {self.activation_checkpointing}. Write "
                 "train.activation_checkpointing: true, or leave the offload out"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _levels_are_of_kernels(self) -> Self:
+        if self.levels is not None and (self.kernels == "off" or self.activation_offload):
+            other = "kernels: off" if self.kernels == "off" else "activation_offload: true"
+            raise ValueError(
+                f"train.levels says what the layers of qlora.kernels keep, and train.{other} does not go "
+                "with it. Leave one of the two out"
             )
         return self
 

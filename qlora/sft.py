@@ -25,10 +25,11 @@ from transformers.trainer_utils import EvalLoopOutput
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from qlora import adapter, cards
+from qlora import adapter, cards, packing
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import RecipeError
+from qlora.kernels.loss import Head, linear_cross_entropy
 from qlora.offload import InputsOnHost
 from qlora.packing import Collator, Layout
 from qlora.prefetch import Prefetcher
@@ -58,6 +59,7 @@ class RowTrainer(SFTTrainer):
 
     observers: Sequence[Observer] = ()
     offloads = False  # of the inputs of recomputed layers
+    head: Head | None = None  # of the fused loss of qlora.kernels, where that is used
     _held_out_sums: list[tuple[float, int]]
 
     @cached_property
@@ -154,13 +156,14 @@ class RowTrainer(SFTTrainer):
         plain = self.args.use_cpu or adapter.trains_tokens(self.model)
         if not usual or return_outputs:
             self.prefetcher.begin()
-            return super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+            asked = packing.for_model(inputs) | {"labels": inputs["labels"]}
+            return super().compute_loss(model, asked, return_outputs, num_items_in_batch)
         supervised = num_items_in_batch
         if supervised is None:
             supervised = (inputs["labels"][:, 1:] != IGNORED).sum()
         away = self.offloads and model.training and torch.is_grad_enabled()
         with InputsOnHost() if away else nullcontext():
-            loss = loss_of(model, inputs, supervised, materialize=plain)
+            loss = loss_of(model, inputs, supervised, materialize=plain, head=self.head)
         self.prefetcher.begin()  # the device has the forward pass in hand
         return loss
 
@@ -204,7 +207,12 @@ class RowTrainer(SFTTrainer):
 
 
 def loss_of(
-    model: Any, inputs: dict[str, Any], supervised: int | torch.Tensor, *, materialize: bool
+    model: Any,
+    inputs: dict[str, Any],
+    supervised: int | torch.Tensor,
+    *,
+    materialize: bool,
+    head: Head | None = None,
 ) -> torch.Tensor:
     """The summed loss of a micro-batch over the supervised tokens of its step.
 
@@ -214,14 +222,23 @@ def loss_of(
         supervised: Tokens to divide by.
         materialize: Hold the logits, rather than project them tile by tile and once more in the
             backward pass.
+        head: Take the loss of :mod:`qlora.kernels` over this head, which does neither.
     """
-    if materialize:
-        asked = {key: value for key, value in inputs.items() if key != "labels"}
+    asked = packing.for_model(inputs)
+    if head is not None:
+        base, dtype = model.get_base_model(), head.dtype
+        with torch.autocast(inputs["labels"].device.type, dtype, enabled=dtype != torch.float32):
+            hidden = base.base_model(**asked, use_cache=False).last_hidden_state.flatten(0, 1)
+        at, labels = inputs["supervised_at"], inputs["labels"].flatten()
+        softcap = getattr(base.config.get_text_config(), "final_logit_softcapping", None) or 0.0
+        total = linear_cross_entropy(hidden[at], labels[at + 1], head, softcap=softcap)
+    elif materialize:
         labels = inputs["labels"][:, 1:].flatten()
         logits = model(**asked, use_cache=False).logits[:, :-1].flatten(0, 1)
         total = functional.cross_entropy(logits.float(), labels, reduction="sum")
     else:
-        total = -model(**inputs, use_cache=False, fused_lm_head=True).log_probs.sum()
+        asked["labels"] = inputs["labels"]
+        total = -model(**asked, use_cache=False, fused_lm_head=True).log_probs.sum()
     return total / torch.as_tensor(supervised).clamp(min=1)
 
 
@@ -241,6 +258,7 @@ def build(
     *,
     observers: Sequence[Observer],
     callbacks: Sequence[TrainerCallback],
+    head: Head | None = None,
 ) -> RowTrainer:
     """TRL's trainer for this recipe, with the adapter's dtype restored after its constructor."""
     trainer = RowTrainer(
@@ -255,6 +273,7 @@ def build(
     trainer.remove_callback(PrinterCallback)
     trainer.observers = observers
     trainer.offloads = recipe.train.activation_offload
+    trainer.head = head
     adapter.restore_dtype(model)
     return trainer
 

@@ -14,6 +14,7 @@ from typing import Any
 from qlora import places, rundir
 from qlora.cards import Card, DType, plain
 from qlora.errors import CheckpointError
+from qlora.fused import applies, levels_of
 from qlora.settings import Recipe
 from qlora.shape import Shape, adapter_parameters
 
@@ -60,6 +61,8 @@ def flops_per_token(recipe: Recipe, shape: Shape) -> float:
     >>> round(flops_per_token(recipe, llama) / 1e9, 1)  # 47.8 in a traced step
     47.8
     """
+    if applies(recipe, shape):
+        return _fused_flops_per_token(recipe, shape)
     again = checkpointed_layers(recipe, shape) / shape.layers
     linear = shape.layers * shape.linear_per_layer
     adapter = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
@@ -72,6 +75,47 @@ def flops_per_token(recipe: Recipe, shape: Shape) -> float:
     )
 
 
+def _fused_flops_per_token(recipe: Recipe, shape: Shape) -> float:
+    """The same for the layers and the loss of :mod:`qlora.kernels`.
+
+    Products that a level makes again come on top of two for each frozen matrix, and of four and six for
+    the head and the adapters. ``down_proj`` is made again by Gemma alone, whose norm needs its output.
+    """
+    linears, scores = shape.linears, 2 * recipe.data.max_length * shape.heads * shape.head_dim
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in linears.items()}
+
+    def of(*names: str) -> int:
+        return 2 * sum(sizes.get(name, 0) for name in names)
+
+    more = {
+        2: of("gate_proj", "up_proj", "gate_up_proj"),
+        3: of("q_proj", "k_proj", "v_proj", "qkv_proj"),
+        4: of("o_proj"),
+        5: scores + (of("down_proj") if shape.norms == 4 else 0),
+    }
+    adapter = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
+    again = sum(more[n] for level in levels_of(recipe, shape) for n in more if n <= level)
+    # The first layer's input needs no gradient: q, k and v are not passed backwards.
+    spared = of("q_proj", "k_proj", "v_proj", "qkv_proj")
+    linear = 4 * shape.layers * shape.linear_per_layer - spared
+    head = 4 * shape.vocab * shape.hidden
+    return linear + 6 * adapter + 3.5 * scores * shape.layers + head + again
+
+
+def unpacked_per_step(recipe: Recipe, shape: Shape) -> float:
+    """Times that a packed matrix is unpacked in a micro-batch, on average over all of them."""
+    if not applies(recipe, shape):
+        return 2 + checkpointed_layers(recipe, shape) / shape.layers
+    made_again = [("gate_proj", "up_proj", "gate_up_proj"), ("q_proj", "k_proj", "v_proj", "qkv_proj"),
+                  ("o_proj",), ("down_proj",) if shape.norms == 4 else ()]  # fmt: skip
+    sizes = {name: inputs * outputs for name, (inputs, outputs) in shape.linears.items()}
+    more = 0
+    for level in levels_of(recipe, shape):
+        names = [name for group in made_again[: level - 1] for name in group]
+        more += sum(sizes.get(name, 0) for name in names)
+    return 2 + more / (shape.layers * shape.linear_per_layer)
+
+
 def cost_per_token(recipe: Recipe, shape: Shape) -> float:
     """:func:`flops_per_token`, with moved bytes as the arithmetic that would take as long.
 
@@ -82,7 +126,9 @@ def cost_per_token(recipe: Recipe, shape: Shape) -> float:
     tokens = recipe.train.per_device_train_batch_size * recipe.data.max_length
     moved = 0.0
     if recipe.quant.quant_type == "nf4":
-        moved = (2 + again) * 2.5 * shape.layers * shape.linear_per_layer / tokens
+        moved = (
+            unpacked_per_step(recipe, shape) * 2.5 * shape.layers * shape.linear_per_layer / tokens
+        )
     crossing = 0.0
     if recipe.train.activation_offload:
         crossing = 2 * 2 * shape.layers * shape.hidden * again

@@ -9,11 +9,13 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from qlora.cards import Card, compute_dtype
+from qlora.fused import FusedLayer, applies, levels_of
 from qlora.layer import Layer
 from qlora.settings import Recipe
 from qlora.shape import Shape, adapter_parameters, target_names
 from qlora.speed import checkpointed_layers
 
+CHUNK_BYTES = 64 * 2**20  # of logits that the loss of qlora.kernels holds at a time
 LOSS_TILE = (4096, 32768)  # (tokens, vocabulary entries) trl 1.16 projects at a time
 
 
@@ -59,6 +61,8 @@ class Step:
             HardwareError: As :func:`qlora.cards.compute_dtype`.
             ModelError: As :func:`qlora.shape.target_names`.
         """
+        if applies(recipe, shape):
+            return cls._of_fused(recipe, shape, card)
         element = 4 if compute_dtype(recipe, card) == "float32" else 2
         trainable = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
         layer = layer_of(recipe, shape, card, element)
@@ -103,6 +107,45 @@ class Step:
         highest = max(first, last, activations + step.beyond)
         return replace(step, gradients=highest - activations - step.beyond)
 
+    @classmethod
+    def _of_fused(cls, recipe: Recipe, shape: Shape, card: Card) -> Step:
+        """The same for layers of :mod:`qlora.kernels`, each at its own level."""
+        element = 4 if compute_dtype(recipe, card) == "float32" else 2
+        trainable = adapter_parameters(shape, recipe.lora.r, recipe.lora.target_modules)
+        layer = fused_layer_of(recipe, shape, card, element)
+        levels = levels_of(recipe, shape)
+        tokens, h = layer.tokens, shape.hidden
+        width = tokens * h * element
+        shared = tokens * 2 * shape.head_dim * element + (layer.square if layer.masked else 0)
+        offloads = recipe.train.activation_offload and card.kind == "cuda"
+        away = max(0, shape.layers - 2) * width if offloads else 0
+        kept = sum(layer.keeps(level) for level in levels) + shared - away
+        # A layer goes backwards when those after it are gone: of each level the last one matters.
+        rest, highest = kept, 0
+        for number in range(shape.layers - 1, -1, -1):
+            if number == shape.layers - 1 or levels[number] != levels[number + 1]:
+                highest = max(highest, rest + layer.again(levels[number]))
+            rest -= layer.keeps(levels[number]) - (width if offloads else 0)
+        last = levels[-1]
+        table = element * shape.vocab * h if recipe.lora.train_new_tokens else 0
+        step = cls(
+            kept,
+            forward=layer.passing_at(last),
+            backward=highest - kept,
+            loss=_fused_loss(shape, tokens, element, table),
+            gradients=4 * trainable,
+            table=table,
+            unpacked=layer.largest_unpacked,
+            host=away,
+        )
+        if recipe.train.gradient_accumulation_steps > 1:
+            return step
+        first = kept - rest
+        at_first = kept - first + layer.keeps(levels[0]) + layer.again(levels[0]) + step.gradients
+        at_last = highest + step.gradients // shape.layers
+        peak = max(at_first, at_last, kept + step.beyond)
+        return replace(step, gradients=peak - kept - step.beyond)
+
 
 def layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:
     """One layer of a base at work on the worst micro-batch of a recipe."""
@@ -122,6 +165,38 @@ def layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> Layer:
         masked=asked != "flash_attention_2",
         scores=asked == "eager" or shape.model_type.startswith("gemma2"),
     )
+
+
+def fused_layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> FusedLayer:
+    """One fused layer of a base at work on the worst micro-batch of a recipe."""
+    plain = layer_of(recipe, shape, card, element)
+    bounded = card.kind == "cuda" and not plain.scores and recipe.data.packing is not False
+    recent = card.kind == "cuda" and (card.capability is None or card.capability >= (8, 0))
+    return FusedLayer(
+        shape,
+        element,
+        tokens=plain.tokens,
+        square=plain.square,
+        r=plain.r,
+        targets=plain.targets,
+        dropped=plain.dropped,
+        nf4=plain.nf4,
+        masked=not bounded,
+        scores=plain.scores,
+        shares_heads=recent and element == 2 and bounded,
+    )
+
+
+def _fused_loss(shape: Shape, tokens: int, element: int, table: int) -> int:
+    """Bytes of the last norm and of the loss, at the highest point: one chunk of logits and no more."""
+    width = tokens * shape.hidden * element
+    norm = width + 4 * tokens  # its input, kept until it goes backwards
+    if table:
+        return norm + width + max(12 * tokens * shape.vocab, 6 * tokens * shape.vocab + table)
+    chunk = max(element * shape.vocab, min(CHUNK_BYTES, element * shape.vocab * tokens))
+    # Its output, the supervised rows of it, and their gradient; then that one scaled, scattered among all
+    # rows and passed through the norm.
+    return norm + max(3 * width + chunk, 5 * width)
 
 
 def _loss(

@@ -29,6 +29,7 @@ from qlora import (
     dress,
     evaluation,
     fitting,
+    fused,
     hardware,
     loader,
     memory,
@@ -41,12 +42,16 @@ from qlora import (
     tokenizer,
     tracking,
 )
+from qlora.attention import BOUNDED, sdpa_on
 from qlora.callbacks import AfterSave, StopOnNonFinite, TrackedProgress
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import CheckpointError, DoesNotFit, Interrupted, RecipeError
 from qlora.evaluation import Answered
 from qlora.fitting import Fitted
+from qlora.kernels import attached
+from qlora.kernels.attached import Fused
+from qlora.kernels.family import NotFused
 from qlora.memory import Plan
 from qlora.recipe import load_recipe
 from qlora.rundir import Run
@@ -112,6 +117,10 @@ def train(
         model = adapter.attach(base.model, recipe, new_tokens(base.model, recipe, prepared, screen))
         counts = adapter.count(model)
         screen.say("adapter", str(counts))
+        kernels = _fused(model, recipe, shape, card, prepared, base.facts, screen)
+        if kernels is None and fused.applies(recipe, shape):
+            fitted = _unfused(model, written, shape, card, base.facts, screen)
+            recipe, plan = fitted.recipe, fitted.plan
         _record(run, written, fitted, card, prepared, base.facts)
         layout, note = packing.choose(
             recipe, model, prepared.train[:3]["input_ids"], base.facts["attention"]
@@ -134,6 +143,7 @@ def train(
         trainer = sft.build(
             recipe, run, card, model, tok, prepared, layout,
             observers=[watcher, progress], callbacks=[watcher, progress, AfterSave(after_save)],
+            head=kernels and kernels.head,
         )  # fmt: skip
         stage = dress.DressRehearsal(trainer, recipe, plan, card, run, screen)
         if dress.is_wanted(recipe, card):
@@ -215,6 +225,51 @@ def _fitted(recipe: Recipe, shape: Shape, card: Card, resume: str | Path | None)
         other = siblings.instead(recipe, shape, card)
         hint = f"\nThe largest sibling that would fit: {other}." if other else ""
         raise DoesNotFit(f"{error}{hint}") from None
+
+
+def _fused(
+    model: Any,
+    recipe: Recipe,
+    shape: Shape,
+    card: Card,
+    prepared: Prepared,
+    facts: dict[str, Any],
+    screen: Screen,
+) -> Fused | None:
+    """The layers of :mod:`qlora.kernels` on this model, or None; what becomes of them is told."""
+    facts["kernels"] = "off"
+    if not fused.applies(recipe, shape):
+        if recipe.train.kernels == "auto":
+            screen.say("kernels", f"off: {shape.model_type!r} is no family that they know")
+        return None
+    asked = packing.sample(
+        prepared.train[:3]["input_ids"], facts["attention"], hardware.device(card)
+    )
+    try:
+        found = attached.fuse(model, card, fused.levels_of(recipe, shape), asked)
+    except NotFused as why:
+        facts["kernels"] = f"off: {why}"
+        return None
+    facts["kernels"] = str(found.proof)
+    screen.say("kernels", f"on, proven on this model: {found.proof}")
+    return found
+
+
+def _unfused(
+    model: Any, written: Recipe, shape: Shape, card: Card, facts: dict[str, Any], screen: Screen
+) -> Fitted:
+    """Go on by the libraries' own layers, which need another plan; told, and refused if it does not fit."""
+    screen.say("kernels", f"{facts['kernels']}; the libraries' own layers train")
+    train = written.train.model_copy(update={"kernels": "off", "levels": None})
+    fitted = rehearsal.fit(written.model_copy(update={"train": train}), shape, card)
+    for reason in fitted.reasons:
+        screen.say("fit", reason)
+    base = model.get_base_model()
+    if facts["attention"] == BOUNDED:
+        facts["attention"] = sdpa_on(card)
+        base.set_attn_implementation(facts["attention"])
+    adapter.checkpoint_layers(base, fitted.recipe.train.activation_checkpointing)
+    return fitted
 
 
 def _require_host(plan: Plan, card: Card) -> None:

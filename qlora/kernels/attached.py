@@ -7,6 +7,7 @@ off, merged or exchanged, the layer's own code runs.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -16,20 +17,15 @@ import torch
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from qlora import adapter
 from qlora.cards import Card
-from qlora.kernels.attention import (
-    Bounds,
-    CpuFlash,
-    Differentiated,
-    Efficient,
-    Flash,
-    Kernel,
-    OnCuda,
-)
-from qlora.kernels.family import NotFused, parts_of, require_known
-from qlora.kernels.layer import LEVELS, FusedLayer, Parts
+from qlora.kernels.attention import CpuFlash, Differentiated, Kernel, bounds_in, kernel_on
+from qlora.kernels.family import NotFused, last_norm, norm, parts_of, require_known
+from qlora.kernels.layer import LEVELS, FusedLayer, Norm, Parts
+from qlora.kernels.loss import Dense
 
-PLAIN_ATTENTION = ("sdpa", "sdpa_without_gqa", "flash_attention_2")
+# Implementations of transformers, and ours registered with it, that are softmax attention and no more.
+PLAIN_ATTENTION = ("sdpa", "sdpa_without_gqa", "sdpa_bounded", "sdpa_unmasked", "flash_attention_2")
 # Of a tensor's norm, by dtype: what two orders of the same sums may differ by.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
@@ -57,7 +53,11 @@ class FusedForward:
                 self.layer, hidden_states, *args, past_key_values=past_key_values, **asked, **kwargs
             )
         parts = self.parts
-        scores = replace(parts.scores, mask=attention_mask, bounds=_bounds(kwargs))
+        bounds = bounds_in(kwargs)
+        if attention_mask is not None and not attention_mask.numel():
+            assert bounds is not None, "packed rows came without their bounds"
+            attention_mask = None
+        scores = replace(parts.scores, mask=attention_mask, bounds=bounds)
         seed = torch.randint(2**62, (1,)) if any(p.drops for p in parts.projections) else None
         at_work = replace(parts, scores=scores)
         return FusedLayer.apply(  # type: ignore[no-any-return]
@@ -66,6 +66,34 @@ class FusedForward:
 
     def _on(self) -> bool:
         return all(p.is_on for p in self.parts.projections)
+
+
+class _FinalNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, norm: Norm, x: torch.Tensor) -> torch.Tensor:
+        y, rstd = norm.forward(x.reshape(-1, x.shape[-1]))
+        ctx.norm = norm
+        ctx.save_for_backward(x, rstd)
+        return y.view(x.shape)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        x, rstd = ctx.saved_tensors
+        flat = x.reshape(-1, x.shape[-1])
+        return None, ctx.norm.backward(grads[0].reshape(flat.shape), flat, rstd).view(x.shape)
+
+
+class FusedNormForward:
+    """What stands in the last norm's ``forward``: it keeps its input once, in the compute dtype."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self.module, self.norm = module, norm(module)
+
+    def __call__(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.module.training and hidden_states.requires_grad:
+            return _FinalNorm.apply(self.norm, hidden_states)  # type: ignore[no-any-return]
+        own: Any = type(self.module).forward
+        return own(self.module, hidden_states)  # type: ignore[no-any-return]
 
 
 def attach(
@@ -80,7 +108,7 @@ def attach(
         tile: Rows of the MLP at a time; None for all.
 
     Returns:
-        The decoder layers.
+        The decoder layers, and the norm after them.
 
     Raises:
         NotFused: Something in it is not known here. Nothing is changed then.
@@ -91,15 +119,22 @@ def attach(
         (layer, parts_of(layer, attention_of(layer, card), level, tile))
         for layer, level in zip(found, levels, strict=True)
     ]
+    last = last_norm(base)
     for layer, parts in hung:
         layer.forward = FusedForward(layer, parts)
-    return found
+    last.forward = FusedNormForward(last)
+    return [*found, last]
 
 
-def detach(layers: Sequence[nn.Module]) -> None:
-    """Take the fused layers off again."""
-    for layer in layers:
-        layer.__dict__.pop("forward", None)
+def is_attached(model: Any) -> bool:
+    """Whether fused layers hang on a model."""
+    return any(isinstance(m.__dict__.get("forward"), FusedForward) for m in model.modules())
+
+
+def detach(modules: Sequence[nn.Module]) -> None:
+    """Take what was attached off again."""
+    for module in modules:
+        module.__dict__.pop("forward", None)
 
 
 def attention_of(layer: Any, card: Card) -> Kernel:
@@ -110,8 +145,7 @@ def attention_of(layer: Any, card: Card) -> Kernel:
     if name in PLAIN_ATTENTION and softcap is None:
         if card.kind == "cpu":
             return CpuFlash()
-        recent = card.capability is not None and card.capability >= (8, 0)
-        return OnCuda(Flash() if recent and attn.head_dim <= 256 else Efficient(), Efficient())
+        return kernel_on(card.capability, attn.head_dim)
     eager = getattr(sys.modules[type(attn).__module__], "eager_attention_forward", None)
     function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     window = getattr(attn, "sliding_window", None)
@@ -127,10 +161,42 @@ def attention_of(layer: Any, card: Card) -> Kernel:
     return Differentiated(attend)
 
 
-def _bounds(kwargs: dict[str, Any]) -> Bounds | None:
-    """The bounds of packed rows, as transformers hands them to FlashAttention."""
-    offsets = kwargs.get("cu_seq_lens_q")
-    return None if offsets is None else Bounds(offsets, int(kwargs["max_length_q"]))
+@dataclass(frozen=True)
+class Fused:
+    """A model with fused layers, proven on this machine.
+
+    Attributes:
+        attached: Modules that have another ``forward``.
+        head: Of the fused loss; None where rows of the head train.
+        proof: How near they are to the libraries'.
+    """
+
+    attached: list[nn.Module]
+    head: Dense | None
+    proof: Proof
+
+
+def fuse(model: Any, card: Card, levels: Sequence[int], asked: dict[str, Any]) -> Fused:
+    """Attach fused layers and prove them.
+
+    Args:
+        model: PEFT's, on its card.
+        card: Where it is.
+        levels: Of each layer.
+        asked: As :func:`prove`.
+
+    Raises:
+        NotFused: They cannot be attached or do not pass; the model is as it was.
+    """
+    modules = attach(model, card, levels=levels)
+    try:
+        proof = prove(model, modules, asked)
+    except NotFused:
+        detach(modules)
+        raise
+    trains = adapter.trains_tokens(model)
+    head = None if trains else Dense(model.get_base_model().get_output_embeddings().weight)
+    return Fused(modules, head, proof)
 
 
 @dataclass(frozen=True)
@@ -147,7 +213,7 @@ class Proof:
         return f"{self.compared} tensors within {self.error:.1g} of the libraries' own"
 
 
-def prove(model: Any, layers: Sequence[Any], asked: dict[str, Any]) -> Proof:
+def prove(model: Any, attached: Sequence[Any], asked: dict[str, Any]) -> Proof:
     """Compare the fused layers with the layers' own code, on this machine and with these weights.
 
     One layer of each kind is passed forward and backward, at the outermost levels, with the hidden states
@@ -155,13 +221,14 @@ def prove(model: Any, layers: Sequence[Any], asked: dict[str, Any]) -> Proof:
 
     Args:
         model: PEFT's, with fused layers on it.
-        layers: What :func:`attach` returned.
+        attached: What :func:`attach` returned.
         asked: Arguments of the model: a short batch, laid out as in training.
 
     Raises:
         NotFused: They differ, or the fused one fails; says by how much, or how.
     """
     given: dict[int, tuple[Any, Any]] = {}
+    layers = attached[:-1]
     chosen = {_kind(layer.forward.parts): layer for layer in reversed(layers)}.values()
     hooks = [
         layer.register_forward_pre_hook(
@@ -171,7 +238,7 @@ def prove(model: Any, layers: Sequence[Any], asked: dict[str, Any]) -> Proof:
         for layer in chosen
     ]
     base = model.get_base_model()
-    was = model.training
+    modes = [(module, module.training) for module in model.modules()]
     devices = [asked["input_ids"].device] if asked["input_ids"].is_cuda else []
     try:
         with torch.random.fork_rng(devices=devices):
@@ -180,15 +247,16 @@ def prove(model: Any, layers: Sequence[Any], asked: dict[str, Any]) -> Proof:
                 base.base_model(**asked, use_cache=False)
             model.train()
             compared = [error for layer in chosen for error in _compare(layer, *given[id(layer)])]
-    except (RuntimeError, AssertionError, AttributeError, TypeError, ImportError) as error:
+    except Exception as error:  # noqa: BLE001 - Triton and its compilers have errors of their own
         said = next((line for line in str(error).splitlines() if line.strip()), "")
         raise NotFused(f"they fail on this machine: {type(error).__name__}: {said}") from None
     finally:
         for hook in hooks:
             hook.remove()
-        model.train(was)
-    dtype = chosen.__iter__().__next__().input_layernorm.weight.dtype
-    worst = max(compared)
+        for module, training in modes:
+            module.training = training
+    dtype = layers[0].input_layernorm.weight.dtype
+    worst = max(compared, key=lambda error: (math.isnan(error), error))
     if not worst <= TOLERANCE[dtype]:
         raise NotFused(
             f"they compute something else on this machine: a relative error of {worst:.2g}, where "

@@ -9,7 +9,7 @@ sequence are told apart by their bounds where the kernel takes bounds, and by a 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -43,6 +43,46 @@ class Scores:
     window: int | None = None
     mask: torch.Tensor | None = None
     bounds: Bounds | None = None
+
+
+# torch 2.13's shape function of this operator lacks one of its arguments, so that fake tensors cannot pass
+# it; ours calls it on a card and knows the shapes. Drop it when torch's does.
+_library = torch.library.Library("qlora", "FRAGMENT")
+_library.define(
+    "efficient_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor o,"
+    " Tensor? offsets, SymInt longest, Tensor lse, Tensor seed, Tensor offset, int kind, float scale)"
+    " -> (Tensor, Tensor, Tensor)"
+)
+
+
+def _efficient_backward(
+    do: torch.Tensor,
+    q: torch.Tensor,
+    k: torch.Tensor,
+    v: torch.Tensor,
+    bias: torch.Tensor | None,
+    o: torch.Tensor,
+    offsets: torch.Tensor | None,
+    longest: int,
+    lse: torch.Tensor,
+    seed: torch.Tensor,
+    offset: torch.Tensor,
+    kind: int,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    found = aten._efficient_attention_backward(
+        do, q, k, v, bias, o, offsets, offsets, longest, longest, lse, 0.0, seed, offset, kind, False,
+        scale=scale,
+    )  # fmt: skip
+    return found[0], found[1], found[2]
+
+
+_library.impl("efficient_attention_backward", _efficient_backward, "CUDA")
+torch.library.register_fake(
+    "qlora::efficient_attention_backward",
+    lambda do, q, k, v, *_: (torch.empty_like(q), torch.empty_like(k), torch.empty_like(v)),
+    lib=_library,
+)
 
 
 class Kernel(Protocol):
@@ -156,13 +196,14 @@ class Efficient:
     """PyTorch's memory-efficient kernel: any dtype and capability; a mask, or bounds, or neither.
 
     It wants as many key heads as query heads: keys and values are repeated while it works, and the
-    copies are not kept. What a T4 gets.
+    copies are not kept. A window that is shorter than a row becomes a mask. What a T4 gets.
     """
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
     ) -> tuple[torch.Tensor, Saved]:
         groups = q.shape[2] // k.shape[2]
+        scores = _with_window(scores, q)
         offsets, longest = self._bounds(scores, None)
         o, lse, seed, offset, _, _ = aten._efficient_attention_forward(
             q, _spread(k, groups), _spread(v, groups), _spread_bias(scores, q), offsets, offsets,
@@ -181,11 +222,12 @@ class Efficient:
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         groups = q.shape[2] // k.shape[2]
+        scores = _with_window(scores, q)
         offsets, longest = self._bounds(scores, q.shape[1])
         lse, seed, offset = saved
-        dq, dk, dv, _ = aten._efficient_attention_backward(
-            do, q, _spread(k, groups), _spread(v, groups), _spread_bias(scores, q), o, offsets, offsets,
-            longest, longest, lse, 0.0, seed, offset, self._kind(scores), False, scale=scores.scale,
+        dq, dk, dv = torch.ops.qlora.efficient_attention_backward(
+            do, q, _spread(k, groups), _spread(v, groups), _spread_bias(scores, q), o, offsets, longest,
+            lse, seed, offset, self._kind(scores), scores.scale,
         )  # fmt: skip
         return dq, _gather(dk, groups), _gather(dv, groups)
 
@@ -266,6 +308,47 @@ class Differentiated:
         return dq, dk, dv
 
 
+def kernel_on(capability: tuple[int, int] | None, head_dim: int) -> OnCuda:
+    """The kernels for a card of this compute capability."""
+    recent = capability is not None and capability >= (8, 0)
+    unmasked: Kernel = Flash() if recent and head_dim <= 256 else Efficient()
+    return OnCuda(unmasked, Efficient())
+
+
+def bounds_in(options: dict[str, Any]) -> Bounds | None:
+    """Where packed rows end, as transformers hands it to FlashAttention; None if nobody says."""
+    offsets = options.get("cu_seq_lens_q")
+    return None if offsets is None else Bounds(offsets, int(options["max_length_q"]))
+
+
+class _Attend(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        kernel: Kernel,
+        scores: Scores,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+    ) -> torch.Tensor:
+        o, saved = kernel.forward(q, k, v, scores)
+        ctx.kernel, ctx.scores = kernel, scores
+        ctx.save_for_backward(q, k, v, o, *saved)
+        return o
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> Any:
+        q, k, v, o, *saved = ctx.saved_tensors
+        return None, None, *ctx.kernel.backward(grads[0], q, k, v, o, tuple(saved), ctx.scores)
+
+
+def attend_with(
+    kernel: Kernel, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
+) -> torch.Tensor:
+    """The output of a kernel, differentiable: for layers that are not fused."""
+    return _Attend.apply(kernel, scores, q, k, v)  # type: ignore[no-any-return]
+
+
 def _spread(heads: torch.Tensor, groups: int) -> torch.Tensor:
     """Each key head as often as query heads share it: (B, T, K, D) to (B, T, H, D)."""
     return heads if groups == 1 else heads.repeat_interleave(groups, dim=2)
@@ -273,6 +356,21 @@ def _spread(heads: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _gather(gradient: torch.Tensor, groups: int) -> torch.Tensor:
     return gradient if groups == 1 else gradient.unflatten(2, (-1, groups)).sum(3)
+
+
+def _with_window(scores: Scores, q: torch.Tensor) -> Scores:
+    """A window that matters, and the bounds beside it, as a mask (1, 1, T, T)."""
+    length = q.shape[1]
+    longest = length if scores.bounds is None else scores.bounds.longest
+    if scores.mask is not None or scores.window is None or scores.window >= longest:
+        return scores
+    at = torch.arange(length, device=q.device)
+    distance = at[:, None] - at[None]
+    mask = (distance >= 0) & (distance < scores.window)
+    if scores.bounds is not None:
+        row = torch.bucketize(at, scores.bounds.offsets[1:].long(), right=True)
+        mask &= row[:, None] == row[None]
+    return replace(scores, mask=mask[None, None], window=None, bounds=None)
 
 
 def _bias(scores: Scores, dtype: torch.dtype) -> torch.Tensor | None:

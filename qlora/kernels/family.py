@@ -36,6 +36,12 @@ def decoder_layers(base: nn.Module) -> list[nn.Module]:
     return [module for module in base.modules() if type(module).__name__ in FAMILIES]
 
 
+def last_norm(base: nn.Module) -> Any:
+    """The norm after the last decoder layer."""
+    name = next(name for name, m in base.named_modules() if type(m).__name__ in FAMILIES)
+    return base.get_submodule(name.rpartition(".layers.")[0]).norm
+
+
 def require_known(base: Any) -> list[nn.Module]:
     """The decoder layers, if they are of a known family.
 

@@ -22,6 +22,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from qlora.kernels import ops
 from qlora.kernels.attention import Kernel, Scores
@@ -452,6 +453,7 @@ class FusedLayer(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable  # the operators have no derivatives
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         """Gradients of ``x`` and of ``trained``; what was not kept is made again first."""
         parts: Parts = ctx.parts

@@ -11,10 +11,11 @@ from collections.abc import Iterator
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
 
 from qlora.kernels import ops
+from qlora.step import CHUNK_BYTES
 
-CHUNK_BYTES = 64 * 2**20  # of logits at a time
 # fp16's smallest step is 6e-8, and most gradients of a softmax over 128,000 words are smaller than that.
 FP16_SCALE = 1024.0
 
@@ -25,6 +26,11 @@ class Head(Protocol):
     @property
     def width(self) -> int:
         """V."""
+        ...
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the hidden states it takes."""
         ...
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -45,6 +51,10 @@ class Dense:
     @property
     def width(self) -> int:
         return int(self.weight.shape[0])
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.weight.dtype
 
     def logits(self, hidden: torch.Tensor) -> torch.Tensor:
         return torch.mm(hidden, self.weight.T)
@@ -77,10 +87,13 @@ class LinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         (gradient,) = ctx.saved_tensors
-        # In fp32 for a moment: grads[0] carries the loss scaler and the division by the step's tokens.
-        return gradient * (grads[0] / ctx.scale).to(gradient.dtype), None, None, None
+        # Multiplied in fp32: grads[0] carries the loss scaler and the division by the step's tokens, and
+        # fp16 has few digits for a three-thousandth. A matrix, for torch to compute in the wider dtype.
+        factor = (grads[0] / ctx.scale).view(1, 1)
+        return torch.mul(gradient, factor, out=torch.empty_like(gradient)), None, None, None
 
 
 def linear_cross_entropy(

@@ -212,6 +212,8 @@ def gated_backward_(
     What is read is not needed again, so the widest moment of a layer's backward pass allocates nothing.
     """
     torch.ops.qlora.gated_backward_(dproduct, gate, up, kind)
+    # Triton writes past autograd's eyes. A second pass over what was kept must fail, not be wrong.
+    torch.autograd.graph.increment_version((dproduct, gate, up))
 
 
 # --- NF4 with nested scales
@@ -261,7 +263,8 @@ def unpack(
     Args:
         packed: The bytes of a ``Params4bit``.
         state: Its ``QuantState``.
-        dtype: Of the result.
+        dtype: Of the result. Rows must hold whole blocks of weights: on a CPU bitsandbytes 0.50 takes a
+            wrong scale else.
         rows: Only these, which must begin and end at whole blocks of all scales.
     """
     nested = state.state2 if state.nested else None
@@ -286,7 +289,7 @@ def unpack(
 def _dropout(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
     generator = torch.Generator().manual_seed(int(seed))
     kept = torch.rand(x.shape, generator=generator) >= p
-    return x * kept.to(x.dtype) * (1 / (1 - p))
+    return (x * kept.to(x.dtype) * (1 / (1 - p))).contiguous()
 
 
 _register("dropout(Tensor x, float p, Tensor seed) -> Tensor", _dropout,

@@ -126,6 +126,7 @@ class Projection:
             y = torch.addmm(bias.to(x.dtype), x, weight.T)
         else:
             y = torch.mm(x, weight.T)
+        del weight
         if pair is None:
             return y, None
         if inner is None:
