@@ -8,7 +8,6 @@ rows of an optimizer step stay the same, so what is learned does too.
 from __future__ import annotations
 
 import itertools
-from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +23,7 @@ from qlora.speed import checkpointed_layers, cost_per_token, flops_per_token
 MARGIN = 0.03  # of the free bytes: how far the quick plan may be off (scripts/bench_plan.py)
 CHOSEN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
-    "levels", "activation_offload", "optim",
+    "levels", "mlp_tile", "activation_offload", "embedding_offload", "optim",
 )  # fmt: skip
 # transformers' names (5.23) of one optimizer, unpaged and paged.
 _FROM_PAGED = {
@@ -36,13 +35,7 @@ _TO_PAGED = {plain: paged for paged, plain in _FROM_PAGED.items()} | {
     "adamw_torch_fused": "paged_adamw_32bit",
     "adamw_bnb_8bit": "paged_adamw_8bit",
 }
-_MADE_AGAIN = {
-    1: "keep all they need",
-    2: "compute gate and up again",
-    3: "compute gate, up, q, k and v again",
-    4: "compute all but attention again",
-    5: "compute everything again",
-}
+TILE = 1024  # rows of the MLP at a time, if it must be: enough for the matrix units
 _TOKENS = 64  # lengths are looked for in multiples of this
 MOST_TOKENS, MOST_ROWS = 1 << 20, 4096  # as far as anybody looks
 
@@ -170,10 +163,14 @@ def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
                 optim=_paged(optimizer(recipe, card), paged and card.kind == "cuda"),
                 activation_checkpointing=True,
                 activation_offload=False,
+                embedding_offload=False,
+                levels=None,
+                mlp_tile=None,
             )
 
             if fused.applies(recipe, shape):
-                yield from _levels(base, shape, card)
+                for away in (False, True) if _can_spare_table(recipe, shape, card) else (False,):
+                    yield from _levels(_with(base, embedding_offload=away), shape, card)
                 continue
 
             def kept(layers: int, base: Recipe = base) -> Recipe:
@@ -213,9 +210,16 @@ def _levels(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
         if most:
             fits.append(mixed(low, high, most))
     yield from fits
-    yield mixed(4, 5, 0)
-    if not fits and card.kind == "cuda":
-        yield _with(base, activation_offload=True)
+    if not fits:  # every layer computes everything again; the levers for the smallest cards
+        for tile in (None, TILE):
+            for offload in (False, True) if card.kind == "cuda" else (False,):
+                yield _with(base, levels=None, mlp_tile=tile, activation_offload=offload)
+
+
+def _can_spare_table(recipe: Recipe, shape: Shape, card: Card) -> bool:
+    """Whether the embedding can stay with the host."""
+    frozen = recipe.quant.quant_type == "nf4" and not recipe.lora.train_new_tokens
+    return card.kind == "cuda" and not shape.tied and frozen
 
 
 def _last(holds: Callable[[int], bool], most: int) -> int:
@@ -242,18 +246,10 @@ def _paged(optim: str, paged: bool) -> str:
 
 def _of_levels(chosen: Recipe, shape: Shape, more: float, most: float) -> list[str]:
     """What the layers keep, in a sentence."""
-    counts = Counter(fused.levels_of(chosen, shape))
-    if set(counts) == {1}:
-        return [
-            f"every layer keeps all it needs: none is computed again, which would cost {most:.0%} more"
-        ]
-    kept = " and ".join(
-        f"{count} of {shape.layers} layers {_MADE_AGAIN[level]}"
-        for level, count in sorted(counts.items())
-    )
-    return [
-        f"{kept}: {more:.0%} more arithmetic; to compute everything again would cost {most:.0%}"
-    ]
+    if set(fused.levels_of(chosen, shape)) == {1}:
+        return [f"every layer keeps all it needs: to compute it again would cost {most:.0%} more"]
+    kept = fused.in_words(chosen, shape)
+    return [f"{kept}: {more:.0%} more arithmetic; everything again would cost {most:.0%}"]
 
 
 def _with(recipe: Recipe, **values: Any) -> Recipe:
@@ -264,7 +260,7 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
     """Why these settings, in sentences with figures."""
     train, free = chosen.train, plan.card.free_bytes
     again = checkpointed_layers(chosen, shape)
-    freed = {"levels": None, "activation_offload": False}
+    freed = {"levels": None, "mlp_tile": None, "activation_offload": False}
     least = flops_per_token(_with(chosen, activation_checkpointing=False, **freed), shape)
     most = flops_per_token(_with(chosen, activation_checkpointing=True, **freed), shape)
     more = flops_per_token(chosen, shape) / least - 1
@@ -294,8 +290,14 @@ def _reasons(written: Recipe, chosen: Recipe, shape: Shape, plan: Plan) -> tuple
         said.append(
             f"all {again} layers are computed again, for {more:.0%} more arithmetic: fewer do not fit"
         )
+    if train.mlp_tile is not None:
+        said.append(f"the MLP is computed {train.mlp_tile:,} rows at a time")
+    if train.embedding_offload:
+        said.append("the embedding table stays with the host")
     if train.activation_offload:
-        said.append(f"their inputs wait in {plan.host_bytes / GIB:.2f} GiB of the host's memory")
+        said.append(
+            f"the layers' inputs wait with the host: {plan.host_bytes / GIB:.2f} GiB of its memory in all"
+        )
     if train.optim != optimizer(written, plan.card):
         where = "paged out when room is short" if "paged" in train.optim else "kept on the card"
         said.append(f"{train.optim}: the same update, its state {where}")

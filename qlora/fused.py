@@ -7,6 +7,7 @@ traces by ``scripts/bench_plan.py``.
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import dataclass
 
 from qlora.cards import Card
@@ -39,7 +40,7 @@ def on_card(recipe: Recipe, card: Card) -> Recipe:
     """The recipe with kernels off if the card is too old for them: Triton begins at capability 7.0."""
     if card.capability is None or card.capability >= (7, 0):
         return recipe
-    train = recipe.train.model_copy(update={"kernels": "off", "levels": None})
+    train = recipe.train.model_copy(update={"kernels": "off", "levels": None, "mlp_tile": None})
     return recipe.model_copy(update={"train": train})
 
 
@@ -66,6 +67,23 @@ def levels_of(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
             f"but the model has {shape.layers}. Make them add up, or leave train.levels out."
         )
     return tuple(level for level in reversed(LEVELS) for _ in range(counts[level - 1]))
+
+
+_IN_WORDS = {
+    1: "keep all they need",
+    2: "compute gate and up again",
+    3: "compute gate, up, q, k and v again",
+    4: "compute all but attention again",
+    5: "compute everything again",
+}
+
+
+def in_words(recipe: Recipe, shape: Shape) -> str:
+    """What the layers keep: ``30 of 32 keep all they need, 2 compute gate and up again``."""
+    counts = sorted(Counter(levels_of(recipe, shape)).items())
+    first, *others = [f"{count} {_IN_WORDS[level]}" for level, count in counts]
+    total, _, rest = first.partition(" ")
+    return ", ".join([f"{total} of {shape.layers} {rest}", *others])
 
 
 @dataclass(frozen=True)
@@ -177,10 +195,8 @@ class FusedLayer(Layer):
 
     @property
     def _softmax(self) -> int:
-        """Eager scores, their probabilities in both precisions and their gradients."""
-        return self.square * (
-            self.shape.heads * (12 + self.element + self._squashed) + self.element
-        )
+        """The probabilities in fp32, their gradient and its product, and what a soft cap keeps."""
+        return self.square * (self.shape.heads * (12 + self._squashed) + self.element)
 
     @property
     def _held(self) -> int:

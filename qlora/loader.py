@@ -26,6 +26,8 @@ from qlora import cards, configfile, fused, hardware, nf4, rundir, vault, weight
 from qlora.attention import bounded, sdpa_on
 from qlora.cards import Card
 from qlora.errors import HardwareError, ModelError
+from qlora.kernels.head import pack_head
+from qlora.offload import leave_embedding_with_host
 from qlora.recipe import is_local, local_path
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -151,6 +153,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
     if key is not None and size >= MIN_KEPT_BYTES:
         with _bars(bars):
             notes += (_keep(key, recipe, card, dtype, model),)
+    spare_tables(model, recipe)
     return Base(
         model,
         {
@@ -167,6 +170,28 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         },
         notes,
     )
+
+
+def spare_tables(model: Any, recipe: Recipe) -> None:
+    """Put the head in 8 bits and leave the embedding with the host, where the recipe says so.
+
+    Raises:
+        ModelError: Head and embedding are one matrix.
+    """
+    asked = {
+        "quant.head: 8bit": recipe.quant.head == "8bit",
+        "train.embedding_offload: true": recipe.train.embedding_offload,
+    }
+    tied = model.get_input_embeddings().weight is model.get_output_embeddings().weight
+    for setting in (name for name, wanted in asked.items() if wanted and tied):
+        raise ModelError(
+            f"{setting} needs a model whose head is a matrix of its own, and in {type(model).__name__} it "
+            "is the embedding. Leave that setting out."
+        )
+    if recipe.quant.head == "8bit":
+        pack_head(model)
+    if recipe.train.embedding_offload:
+        leave_embedding_with_host(model)
 
 
 def _where(recipe: Recipe) -> str:

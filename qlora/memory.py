@@ -132,11 +132,16 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     stepping = paged + (4 * trainable if optim == "adamw_torch" else 0)
     answering = _answering_bytes(recipe, shape, card, element) + step.unpacked
     highest = step.activations + step.beyond
+    # What leaves the card: the embedding, or half of the head, whose rows then have scales.
+    table = element * shape.table_parameters if _table_is_away(recipe, card) else 0
+    head = 0
+    if recipe.quant.head == "8bit":
+        head = (element - 1) * shape.table_parameters - (0 if shape.tied else 4 * shape.vocab)
     terms = {
         "base_nf4" if nf4 else "base": (
             nf4_bytes(linear, double_quant=recipe.quant.double_quant) if nf4 else element * linear
         ),
-        "unquantized": element * shape.unquantized_parameters,
+        "unquantized": element * shape.unquantized_parameters - table - head,
         "adapters": 4 * trainable,
         "gradients": step.gradients,
         "optimizer": resident,
@@ -151,7 +156,12 @@ def predict(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     if card.kind == "cuda":
         terms["overhead"] = CONTEXT_BYTES + SLACK_BYTES
     tokens = recipe.train.per_device_train_batch_size * recipe.data.max_length
-    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes, host_bytes=step.host)
+    host = step.host + table
+    return Plan(card, dtype, optim, tokens, trainable, terms, shape.notes, host_bytes=host)
+
+
+def _table_is_away(recipe: Recipe, card: Card) -> bool:
+    return recipe.train.embedding_offload and card.kind == "cuda"  # else the host is the card
 
 
 def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int, int]]:

@@ -15,7 +15,10 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from qlora import adapter  # before transformers' integration: ours imports bitsandbytes quietly
+from qlora import (  # before transformers' integration: ours imports bitsandbytes quietly
+    adapter,
+    loader,
+)
 
 # isort: split
 from transformers import (
@@ -29,7 +32,9 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.quantizers.base import get_keys_to_not_convert
 
 from qlora.bnb import bnb
+from qlora.offload import EmbeddingOnHost
 from qlora.settings import Recipe
+from qlora.tracing import HOST
 
 UNMASKED = "sdpa_unmasked"
 _OF_PARAMS4BIT = (
@@ -71,6 +76,7 @@ def build(
         if recipe.quant.quant_type == "nf4":
             _quantize(base, recipe.quant.double_quant, dtype)
         base.requires_grad_(False)
+        loader.spare_tables(base, recipe)
         # One new token stands for all: what it costs is a copy of the whole table.
         model = adapter.attach(base, recipe, [0] if recipe.lora.train_new_tokens else ())
     if as_on_card:
@@ -116,9 +122,12 @@ def unmasked_attention() -> str:
 
 def frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(category of a plan, tensor) of everything that the base holds, scales and codes included."""
+    table = model.get_base_model().get_input_embeddings()
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        if state is not None:
+        if isinstance(table.__dict__.get("forward"), EmbeddingOnHost) and parameter is table.weight:
+            yield HOST, parameter
+        elif state is not None:
             yield "base_nf4", parameter
             yield from (("scales", tensor) for tensor in _state_tensors(state))
         elif not parameter.requires_grad:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from qlora import cards, fitting, memory, siblings, speed
+from qlora import cards, fitting, fused, memory, siblings, speed
 from qlora.cards import GIB, Card
 from qlora.errors import DoesNotFit
 from qlora.fitting import Fitted
@@ -139,7 +139,7 @@ class Sheet:
         said += [f"note: {note}" for note in (*plan.notes, self.note) if note]
         said += [f"chosen: {reason}" for reason in self.fitted.reasons]
         if plan.host_bytes and not self.fitted.reasons:
-            said.append(f"{_gib(plan.host_bytes)} of the host's memory hold inputs of layers")
+            said.append(f"{_gib(plan.host_bytes)} wait in the host's memory")
         said.append(self._reach())
         said.append(self._speed())
         if self.refusal:
@@ -150,6 +150,9 @@ class Sheet:
 
     def _recomputed(self) -> str:
         """How many layers are, and where their inputs wait."""
+        if fused.applies(self.recipe, self.shape):
+            offloaded = ", inputs offloaded" if self.recipe.train.activation_offload else ""
+            return f"fused layers: {fused.in_words(self.recipe, self.shape)}{offloaded}"
         again = speed.checkpointed_layers(self.recipe, self.shape)
         offloaded = ", inputs offloaded" if self.recipe.train.activation_offload else ""
         return f"{again} of {self.shape.layers} layers computed again{offloaded}"

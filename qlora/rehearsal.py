@@ -17,7 +17,6 @@ from qlora.attention import BOUNDED, bounded
 from qlora.cards import Card
 from qlora.fitting import Fitted
 from qlora.kernels import attached
-from qlora.kernels.loss import Dense
 from qlora.memory import Plan
 from qlora.offload import InputsOnHost
 from qlora.settings import Recipe
@@ -49,7 +48,8 @@ def trace(recipe: Recipe, config: Any, card: Card, attention: str = "sdpa") -> M
         config, recipe, dtype, attention, phantom.fakes_of(mode), as_on_card=card.kind == "cuda"
     )
     if fuses:
-        attached.attach(model, card, levels=fused.levels_of(recipe, shape))
+        tile = recipe.train.mlp_tile
+        attached.attach(model, card, levels=fused.levels_of(recipe, shape), tile=tile)
     with mode:
         return step(model, batch(recipe, attention), recipe, card)
 
@@ -121,7 +121,7 @@ def forward(
     in_16_bits = dtype != torch.float32
     autocast = torch.autocast("cpu", dtype, enabled=in_16_bits)
     try:
-        head = fused_head(model, recipe)
+        head = attached.head_of(model) if attached.is_attached(model) else None
         if head is not None:
             return sft.loss_of(model, inputs, 1, materialize=False, head=head)
         if not tiled(recipe, card):
@@ -134,13 +134,6 @@ def forward(
             return TiledLoss.apply(hidden, weight, dtype)
     finally:
         hook.remove()
-
-
-def fused_head(model: Any, recipe: Recipe) -> Dense | None:
-    """The head of the loss of :mod:`qlora.kernels`, if its layers are on this model."""
-    if recipe.lora.train_new_tokens or not attached.is_attached(model):
-        return None
-    return Dense(model.get_base_model().get_output_embeddings().weight)
 
 
 def tiled(recipe: Recipe, card: Card) -> bool:

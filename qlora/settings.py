@@ -68,6 +68,11 @@ class Quant(_Section):
         True,
         description="Keep the quantized base on disk: the next start reads about a third of the bytes.",
     )
+    head: Literal["16bit", "8bit"] = Field(
+        "16bit",
+        description="8bit: a head of its own in 8 bits with a scale a row, half its bytes; needs "
+        "train.kernels. What it costs in loss stands in tests/measurements/head-8bit.json.",
+    )
 
 
 class Lora(_Section):
@@ -260,11 +265,21 @@ class Train(_Section):
         description="Keep the inputs of recomputed layers in the host's memory, where that is not the card "
         "itself; needs activation_checkpointing: true.",
     )
+    mlp_tile: Annotated[int, Field(ge=64)] | None = Field(
+        None,
+        description="With kernels, rows of the MLP that a layer computes at a time where it keeps no gate "
+        "and up: its widest tensors are then this long, and its three matrices stay unpacked meanwhile.",
+    )
+    embedding_offload: bool = Field(
+        False,
+        description="Leave the embedding table in the host's memory and gather a row a token from it; for "
+        "4-bit bases whose head is not the embedding.",
+    )
     fit: Literal["as_written", "auto"] = Field(
         "as_written",
-        description="auto: micro-batch, accumulation, activation_checkpointing, levels, activation_offload "
-        "and paging of the optimizer are chosen for the card, for the least arithmetic that fits; the rows "
-        "of an optimizer step stay the same. as_written: what does not fit is refused.",
+        description="auto: micro-batch, accumulation, activation_checkpointing, levels, mlp_tile, "
+        "both offloads and paging of the optimizer are chosen for the card, for the least arithmetic that "
+        "fits; the rows of an optimizer step stay the same. as_written: what does not fit is refused.",
     )
     rehearse: Literal["auto", True, False] = Field(
         "auto",
@@ -296,11 +311,16 @@ class Train(_Section):
 
     @model_validator(mode="after")
     def _levels_are_of_kernels(self) -> Self:
-        if self.levels is not None and (self.kernels == "off" or self.activation_offload):
-            other = "kernels: off" if self.kernels == "off" else "activation_offload: true"
+        for name in ("levels", "mlp_tile"):
+            if getattr(self, name) is not None and self.kernels == "off":
+                raise ValueError(
+                    f"train.{name} is about the layers of qlora.kernels, and train.kernels is off. Leave "
+                    "one of the two out"
+                )
+        if self.levels is not None and self.activation_offload and set(self.levels[:4]) != {0}:
             raise ValueError(
-                f"train.levels says what the layers of qlora.kernels keep, and train.{other} does not go "
-                "with it. Leave one of the two out"
+                "train.activation_offload keeps the inputs of layers that are computed again, and "
+                "train.levels lets some of them keep more. Leave one of the two out"
             )
         return self
 
@@ -391,6 +411,22 @@ class Recipe(_Section):
     train: Train = Train()
     run: Run = Run()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _an_8_bit_head_has_its_loss(self) -> Self:
+        if self.quant.head == "8bit" and (
+            self.train.kernels == "off" or self.lora.train_new_tokens
+        ):
+            other = (
+                "lora.train_new_tokens: true"
+                if self.lora.train_new_tokens
+                else "train.kernels: off"
+            )
+            raise ValueError(
+                f"quant.head is 8bit, which the loss of qlora.kernels alone can read, and {other} does "
+                "without it. Write quant.head: 16bit"
+            )
+        return self
 
     @model_validator(mode="after")
     def _sft_config_keys_are_free(self) -> Self:

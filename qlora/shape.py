@@ -101,6 +101,11 @@ class Shape:
         return self.vocab * self.hidden * (1 if self.tied else 2)
 
     @property
+    def table_parameters(self) -> int:
+        """The embedding, or the head, where they are two matrices; else 0: neither can be spared alone."""
+        return 0 if self.tied else self.vocab * self.hidden
+
+    @property
     def known(self) -> bool:
         """Whether this family's layout was checked; another one is counted as if it were Llama's."""
         return self.model_type.startswith(_LAYOUTS)

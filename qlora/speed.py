@@ -132,6 +132,8 @@ def cost_per_token(recipe: Recipe, shape: Shape) -> float:
     crossing = 0.0
     if recipe.train.activation_offload:
         crossing = 2 * 2 * shape.layers * shape.hidden * again
+    if recipe.train.embedding_offload:
+        crossing += 2 * shape.hidden
     return flops_per_token(recipe, shape) + FLOPS_PER_BYTE * moved + FLOPS_PER_HOST_BYTE * crossing
 
 

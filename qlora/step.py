@@ -184,6 +184,7 @@ def fused_layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> Fu
         masked=not bounded,
         scores=plain.scores,
         shares_heads=recent and element == 2 and bounded,
+        tile=recipe.train.mlp_tile or 0,
     )
 
 

@@ -246,7 +246,8 @@ def _fused(
         prepared.train[:3]["input_ids"], facts["attention"], hardware.device(card)
     )
     try:
-        found = attached.fuse(model, card, fused.levels_of(recipe, shape), asked)
+        levels, tile = fused.levels_of(recipe, shape), recipe.train.mlp_tile
+        found = attached.fuse(model, card, levels, tile, asked)
     except NotFused as why:
         facts["kernels"] = f"off: {why}"
         return None
@@ -260,7 +261,12 @@ def _unfused(
 ) -> Fitted:
     """Go on by the libraries' own layers, which need another plan; told, and refused if it does not fit."""
     screen.say("kernels", f"{facts['kernels']}; the libraries' own layers train")
-    train = written.train.model_copy(update={"kernels": "off", "levels": None})
+    if written.quant.head == "8bit":
+        raise RecipeError(
+            "quant.head is 8bit, which the loss of qlora.kernels alone can read, and the kernels are "
+            f"{facts['kernels']}. Write quant.head=16bit."
+        )
+    train = written.train.model_copy(update={"kernels": "off", "levels": None, "mlp_tile": None})
     fitted = rehearsal.fit(written.model_copy(update={"train": train}), shape, card)
     for reason in fitted.reasons:
         screen.say("fit", reason)

@@ -33,6 +33,8 @@ SIZES: dict[str, tuple[tuple[int, int, int, int, int, int], ...]] = {
     "phi3": ((2048, 8192, 24, 32, 8, 64), (3072, 8192, 32, 24, 8, 128), (5120, 17920, 40, 40, 10, 128)),
     "smollm3": ((1024, 4096, 24, 16, 4, 64), (2048, 11008, 36, 16, 4, 128), (4096, 14336, 32, 32, 8, 128)),
 }  # fmt: skip
+# Recomputed by the libraries or not, and fused layers at three levels.
+WAYS = ((True, 0), (False, 0), (False, 1), (True, 2), (True, 5))
 LENGTHS, RANKS, VOCABULARIES = (512, 2048, 8192), (16, 64), (32_000, 151_936)
 # What the grid leaves as it is by default, tried one by one on the middle Llama.
 VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
@@ -49,22 +51,43 @@ VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
     "new tokens": {"lora": {"train_new_tokens": True}},
     "offload": {"train": {"activation_offload": True}},
 }
+# And what only fused layers have.
+FUSED_VARIATIONS: dict[str, dict[str, dict[str, Any]]] = {
+    "tiles": {"train": {"mlp_tile": 256}},
+    "8-bit head": {"quant": {"head": "8bit"}},
+    "embedding offload": {"train": {"embedding_offload": True}},
+    "all offloads, tiles": {
+        "train": {"activation_offload": True, "embedding_offload": True, "mlp_tile": 256},
+    },
+}
+OFFLOADS = ("offload", "all offloads, tiles")
 CARD, LLAMA = "A100-80GB", "meta-llama/Llama-3.1-8B-Instruct"
 
 
 def recipe_of(
-    length: int, r: int, checkpointing: bool | int, more: dict[str, dict[str, Any]] | None = None
+    length: int,
+    r: int,
+    checkpointing: bool | int,
+    more: dict[str, dict[str, Any]] | None = None,
+    *,
+    level: int = 0,
+    layers: int = 0,
 ) -> Any:
-    """A recipe with everything that moves memory in this grid, and what else is given."""
+    """A recipe with everything that moves memory in this grid, and what else is given.
+
+    With a level it is of so many fused layers at that level, else of the libraries' own.
+    """
     from qlora.recipe import recipe_from
 
     values: dict[str, dict[str, Any]] = {
         "model": {"name": "owner/model"},
         "data": {"train": "hub:owner/data", "max_length": length},
         "lora": {"r": r},
-        "train": {"activation_checkpointing": checkpointing},
+        "train": {"activation_checkpointing": checkpointing, "kernels": "auto" if level else "off"},
         "run": {"name": "grid"},
     }
+    if level:
+        values["train"]["levels"] = [layers * (level == n) for n in range(1, 6)]
     for section, settings in (more or {}).items():
         values[section] = {**values.get(section, {}), **settings}
     return recipe_from(values)
@@ -112,14 +135,25 @@ def on_line(two: dict[str, int], four: dict[str, int], layers: int) -> dict[str,
 
 
 def cell(
-    family: str, size: tuple[int, ...], length: int, r: int, vocabulary: int, checkpointing: bool
+    family: str,
+    size: tuple[int, ...],
+    length: int,
+    r: int,
+    vocabulary: int,
+    checkpointing: bool,
+    level: int = 0,
 ) -> dict[str, Any]:
     """One cell of the grid: both plans, and the quick one by the traced one."""
-    recipe = recipe_of(length, r, checkpointing)
-    two, four = (traced(config_of(family, size, vocabulary, layers), recipe) for layers in (2, 4))
+    two, four = (
+        traced(
+            config_of(family, size, vocabulary, layers),
+            recipe_of(length, r, checkpointing, level=level, layers=layers),
+        )
+        for layers in (2, 4)
+    )
     found = {
         "family": family, "hidden": size[0], "layers": size[2], "length": length, "r": r,
-        "vocabulary": vocabulary, "checkpointing": checkpointing,
+        "vocabulary": vocabulary, "checkpointing": checkpointing, "level": level,
         "traced_bytes": sum(highest(two, four, size[2]).values()),
     }  # fmt: skip
     return judged(found)
@@ -133,14 +167,21 @@ def judged(found: dict[str, Any]) -> dict[str, Any]:
     family, hidden = found["family"], found["hidden"]
     size = next(size for size in SIZES[family] if size[0] == hidden)
     shape = Shape.from_config(config_of(family, size, found["vocabulary"], size[2]))
-    recipe = recipe_of(found["length"], found["r"], found["checkpointing"])
+    recipe = recipe_of(
+        found["length"], found["r"], found["checkpointing"], level=found["level"], layers=size[2]
+    )
     plan = memory.plan(recipe, shape, cards.named_card(CARD))
     quick = sum(size for name, size in plan.terms.items() if name != "overhead")
     return found | {"quick_by_traced": round(quick / found["traced_bytes"], 4)}
 
 
 def variation(
-    name: str, length: int, checkpointing: bool | int, layers: int = 6, family: str = "llama"
+    name: str,
+    length: int,
+    checkpointing: bool | int,
+    layers: int = 6,
+    family: str = "llama",
+    level: int = 0,
 ) -> float:
     """The quick plan by the traced one, of a model with few layers and one setting changed."""
     from transformers import AutoConfig
@@ -149,7 +190,8 @@ def variation(
     from qlora.shape import Shape
 
     config = config_of(family, SIZES["llama"][1], VOCABULARIES[0], layers)
-    recipe = recipe_of(length, 16, checkpointing, VARIATIONS.get(name))
+    more = VARIATIONS.get(name, {}) | FUSED_VARIATIONS.get(name, {})
+    recipe = recipe_of(length, 16, checkpointing, more, level=level, layers=layers)
     attention = recipe.model.attn_implementation
     if family == "gemma2":
         attention = "eager"
@@ -160,6 +202,23 @@ def variation(
     plan = memory.predict(recipe, Shape.from_config(config), card)
     needed = plan.total_bytes - plan.terms["overhead"]
     return round(needed / tracer.peak_bytes, 4)
+
+
+def fused_variations() -> dict[str, list[float]]:
+    """As :func:`variations`, over lengths and levels of fused layers."""
+    found = {}
+    for name in (*VARIATIONS, *FUSED_VARIATIONS):
+        levels = (5,) if name in OFFLOADS else (2, 5) if name == "tiles" else (1, 2, 5)
+        ratios = [
+            variation(name, length, True, level=level) for length in LENGTHS for level in levels
+        ]
+        found[f"fused, {name}"] = [min(ratios), max(ratios)]
+    ratios = [
+        variation("", length, True, family="gemma2", level=level)
+        for length in LENGTHS
+        for level in (1, 3, 5)
+    ]
+    return found | {"fused, gemma2": [min(ratios), max(ratios)]}
 
 
 def variations() -> dict[str, list[float]]:
@@ -226,10 +285,10 @@ def _every_cell(families: list[str]) -> list[dict[str, Any]]:
     asked = [
         (family, *rest)
         for family in families
-        for rest in itertools.product(SIZES[family], LENGTHS, RANKS, VOCABULARIES, (True, False))
+        for rest in itertools.product(SIZES[family], LENGTHS, RANKS, VOCABULARIES, WAYS)
     ]
     for done, values in enumerate(asked, start=1):
-        cells.append(cell(*values))
+        cells.append(cell(*values[:-1], *values[-1]))
         left = (time.monotonic() - began) / done * (len(asked) - done)
         print(f"\r{done}/{len(asked)}  {left:.0f} s left ", end="", file=sys.stderr, flush=True)
     print(file=sys.stderr)
@@ -254,14 +313,17 @@ def main() -> None:
         families = arguments.only or list(SIZES)
         more = {"processes": processes(), "lines": [straight(family) for family in families]}
         cells = _every_cell(families)
-    more["variations"] = variations()
+    more["variations"] = variations() | fused_variations()
     rows = []
-    for family in dict.fromkeys(c["family"] for c in cells):
-        ratios = [c["quick_by_traced"] for c in cells if c["family"] == family]
+    for family, fused in dict.fromkeys((c["family"], c["level"] > 0) for c in cells):
+        ratios = [
+            c["quick_by_traced"]
+            for c in cells
+            if c["family"] == family and (c["level"] > 0) == fused
+        ]
         far = sum(abs(ratio - 1) > 0.03 for ratio in ratios)
-        rows.append(
-            (family, str(len(ratios)), f"{min(ratios):.3f}", f"{max(ratios):.3f}", str(far))
-        )
+        name = f"{family}, fused" if fused else family
+        rows.append((name, str(len(ratios)), f"{min(ratios):.3f}", f"{max(ratios):.3f}", str(far)))
     result = {**measure.circumstances(), "card": CARD, **more, "cells": cells}
     measure.report(result, arguments.json or ROOT / "tests" / "measurements" / "plan-grid.json")
     print(measure.table(("family", "cells", "lowest", "highest", "off by over 3 %"), rows))

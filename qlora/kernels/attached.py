@@ -15,14 +15,16 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora import adapter
 from qlora.cards import Card
 from qlora.kernels.attention import CpuFlash, Differentiated, Kernel, bounds_in, kernel_on
 from qlora.kernels.family import NotFused, last_norm, norm, parts_of, require_known
+from qlora.kernels.head import PackedHead
 from qlora.kernels.layer import LEVELS, FusedLayer, Norm, Parts
-from qlora.kernels.loss import Dense
+from qlora.kernels.loss import Dense, Head
 
 # Implementations of transformers, and ours registered with it, that are softmax attention and no more.
 PLAIN_ATTENTION = ("sdpa", "sdpa_without_gqa", "sdpa_bounded", "sdpa_unmasked", "flash_attention_2")
@@ -77,6 +79,7 @@ class _FinalNorm(torch.autograd.Function):
         return y.view(x.shape)
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         x, rstd = ctx.saved_tensors
         flat = x.reshape(-1, x.shape[-1])
@@ -172,31 +175,40 @@ class Fused:
     """
 
     attached: list[nn.Module]
-    head: Dense | None
+    head: Head | None
     proof: Proof
 
 
-def fuse(model: Any, card: Card, levels: Sequence[int], asked: dict[str, Any]) -> Fused:
+def fuse(
+    model: Any, card: Card, levels: Sequence[int], tile: int | None, asked: dict[str, Any]
+) -> Fused:
     """Attach fused layers and prove them.
 
     Args:
         model: PEFT's, on its card.
         card: Where it is.
         levels: Of each layer.
+        tile: Rows of the MLP at a time; None for all.
         asked: As :func:`prove`.
 
     Raises:
         NotFused: They cannot be attached or do not pass; the model is as it was.
     """
-    modules = attach(model, card, levels=levels)
+    modules = attach(model, card, levels=levels, tile=tile)
     try:
         proof = prove(model, modules, asked)
     except NotFused:
         detach(modules)
         raise
-    trains = adapter.trains_tokens(model)
-    head = None if trains else Dense(model.get_base_model().get_output_embeddings().weight)
-    return Fused(modules, head, proof)
+    return Fused(modules, head_of(model), proof)
+
+
+def head_of(model: Any) -> Head | None:
+    """The head that the fused loss takes; None where rows of it train."""
+    if adapter.trains_tokens(model):
+        return None
+    found = model.get_base_model().get_output_embeddings()
+    return found if isinstance(found, PackedHead) else Dense(found.weight)
 
 
 @dataclass(frozen=True)
@@ -266,7 +278,7 @@ def prove(model: Any, attached: Sequence[Any], asked: dict[str, Any]) -> Proof:
 
 
 def _kind(parts: Parts) -> tuple[Any, ...]:
-    return parts.rotates, parts.scores.window
+    return parts.rotates, parts.scores.window, *(bool(p.parameters) for p in parts.projections)
 
 
 def _compare(layer: Any, args: Any, kwargs: Any) -> Iterator[float]:

@@ -13,9 +13,12 @@ from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
 
 aten = torch.ops.aten
 CAUSAL_FROM_TOP_LEFT = 1  # of aten's memory-efficient kernel
+BIAS_ALIGNMENT = 8  # between rows of its bias, or it refuses; SDPA pads its own
 Saved = tuple[torch.Tensor, ...]
 
 
@@ -337,6 +340,7 @@ class _Attend(torch.autograd.Function):
         return o
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *grads: torch.Tensor) -> Any:
         q, k, v, o, *saved = ctx.saved_tensors
         return None, None, *ctx.kernel.backward(grads[0], q, k, v, o, tuple(saved), ctx.scores)
@@ -382,5 +386,12 @@ def _bias(scores: Scores, dtype: torch.dtype) -> torch.Tensor | None:
 
 
 def _spread_bias(scores: Scores, q: torch.Tensor) -> torch.Tensor | None:
-    bias = _bias(scores, q.dtype)
-    return None if bias is None else bias.expand(-1, q.shape[2], -1, -1)
+    mask = scores.mask
+    if mask is None:
+        return None
+    length = mask.shape[-1]
+    if length % BIAS_ALIGNMENT:
+        mask = functional.pad(mask, (0, -length % BIAS_ALIGNMENT))
+    bias = _bias(replace(scores, mask=mask), q.dtype)
+    assert bias is not None
+    return bias[..., :length].expand(len(q), q.shape[2], -1, -1)

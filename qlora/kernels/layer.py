@@ -289,7 +289,7 @@ class _Work:
         mlp = (*parts.widening, parts.down)
         weights = {id(p): p.weight(middle.dtype) for p in mlp}
         inner: dict[str, list[torch.Tensor]] = {}
-        blocks = []
+        y = torch.empty_like(middle)
         for block, rows in enumerate(_blocks(len(middle), parts.tile)):
             part = _Block(self, inner)
             wide = [
@@ -298,14 +298,12 @@ class _Work:
             ]
             product = ops.gated(*_halves(wide), parts.activation)
             add = middle[rows] if parts.post_norms is None else None
-            blocks.append(
-                part.project(
-                    parts.down, product, add=add, weight=weights[id(parts.down)], block=block
-                )
+            y[rows] = part.project(
+                parts.down, product, add=add, weight=weights[id(parts.down)], block=block
             )
             del wide, product
         self.kept |= {name: torch.cat(pieces) for name, pieces in inner.items()}
-        return torch.cat(blocks)
+        return y
 
     def back_through_mlp(
         self, dy: torch.Tensor, middle: torch.Tensor, wide: list[torch.Tensor] | None
@@ -323,7 +321,6 @@ class _Work:
         )
         # Where memory is short, half of a matrix at a time is unpacked beside the widest tensors.
         pieces = 1 if wide is not None else 2
-        found = []
         for block, rows in enumerate(_blocks(len(middle), tile)):
             x, d = normed[rows], ddown[rows]
             if wide is None:
@@ -338,9 +335,7 @@ class _Work:
             dproduct, dinner = self.pull(
                 parts.down, d, weight=weights.get(id(parts.down)), block=block, pieces=pieces
             )
-            ops.gated_backward_(
-                dproduct, *_halves(part), parts.activation
-            )  # and now it is the product
+            ops.gated_backward_(dproduct, *_halves(part), parts.activation)  # now it is the product
             self.learn(parts.down, dproduct, d, dinner, rows=rows, block=block)
             del dproduct
             if not tiled:
@@ -354,10 +349,14 @@ class _Work:
                 self.learn(p, x, dwide, dinner, rows=rows, block=block)
                 del dwide
             assert dx is not None
-            found.append(dx)
-            del x
-        dnormed = found[0] if len(found) == 1 else torch.cat(found)
-        del normed, found
+            if tiled:
+                normed[rows] = dx  # these rows are not read again
+                del dx, x
+            else:
+                normed, x = dx, None
+                del dx
+        dnormed = normed
+        del normed
         return parts.norms[1].backward(dnormed, middle, rstd, add=dy)
 
 
