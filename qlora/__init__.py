@@ -10,9 +10,9 @@ one above; the ground floor never imports torch. A test reads this map and holds
                    phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,
                    intake, preparation, data, packing, prefetch, generation, screen, timeline,
                    callbacks, tracking
-    0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, shape, cards,
-                   fitting, speed, siblings, plansheet, records, sources, ledger, rundir, places, vault,
-                   hub, errors
+    0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, fused,
+                   shape, cards, fitting, speed, siblings, plansheet, records, sources, ledger,
+                   rundir, places, vault, hub, errors
 
 From a notebook::
 

@@ -146,50 +146,62 @@ def largest_micro_batch(recipe: Recipe, shape: Shape, card: Card) -> int:
 def most_frugal(recipe: Recipe, shape: Shape, card: Card) -> Recipe:
     """The recipe with the settings, of those that may be chosen, that need the least."""
     return min(
-        _candidates(recipe, shape, card),
+        (frugal for base in _bases(recipe, shape, card) for frugal in _frugal(base, shape, card)),
         key=lambda candidate: memory.predict(candidate, shape, card).total_bytes,
     )
 
 
 def _candidates(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
-    """Settings worth trying: for each micro-batch the fewest recomputed layers that fit, or all."""
+    """Settings worth trying: those that keep the most, and where none fits, those that need the least."""
+    keeping = _levels if fused.applies(recipe, shape) else _layers
+    for base in _bases(recipe, shape, card):
+        fitting = list(keeping(base, shape, card))
+        yield from fitting or _frugal(base, shape, card)
+
+
+def _bases(recipe: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
+    """Every micro-batch, paging and place of the embedding, with every layer computed again."""
     rows = recipe.train.per_device_train_batch_size * recipe.train.gradient_accumulation_steps
-    for size in (n for n in range(rows, 0, -1) if rows % n == 0):
-        for paged in (False, True):
-            base = _with(
-                recipe,
-                per_device_train_batch_size=size,
-                gradient_accumulation_steps=rows // size,
-                optim=_paged(optimizer(recipe, card), paged and card.kind == "cuda"),
-                activation_checkpointing=True,
-                activation_offload=False,
-                embedding_offload=False,
-                levels=None,
-                mlp_tile=None,
-            )
+    sizes = [n for n in range(rows, 0, -1) if rows % n == 0]
+    tables = (False, True) if _can_spare_table(recipe, shape, card) else (False,)
+    for size, paged, away in itertools.product(sizes, (False, True), tables):
+        yield _with(
+            recipe,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=rows // size,
+            optim=_paged(optimizer(recipe, card), paged and card.kind == "cuda"),
+            activation_checkpointing=True,
+            activation_offload=False,
+            embedding_offload=away,
+            levels=None,
+            mlp_tile=None,
+        )
 
-            if fused.applies(recipe, shape):
-                for away in (False, True) if _can_spare_table(recipe, shape, card) else (False,):
-                    yield from _levels(_with(base, embedding_offload=away), shape, card)
-                continue
 
-            def kept(layers: int, base: Recipe = base) -> Recipe:
-                """With so many layers that keep everything."""
-                value: bool | int = shape.layers - layers
-                value = True if layers == 0 else False if layers == shape.layers else value
-                return _with(base, activation_checkpointing=value)
+def _frugal(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
+    """Every layer computed again, with the levers for the smallest cards."""
+    tiles = (None, TILE) if fused.applies(base, shape) else (None,)
+    offloads = (False, True) if card.kind == "cuda" else (False,)
+    for tile, offload in itertools.product(tiles, offloads):
+        yield _with(base, mlp_tile=tile, activation_offload=offload)
 
-            most = _last(
-                lambda n, kept=kept: memory.predict(kept(n), shape, card).fits,  # type: ignore[misc]
-                shape.layers,
-            )
-            yield kept(most)
-            if most == 0 and card.kind == "cuda":
-                yield _with(base, activation_offload=True)
+
+def _layers(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
+    """The fewest recomputed layers that fit, by the libraries."""
+
+    def kept(layers: int) -> Recipe:
+        again: bool | int = shape.layers - layers
+        return _with(
+            base, activation_checkpointing=again if 0 < layers < shape.layers else not layers
+        )
+
+    most = _last(lambda n: memory.predict(kept(n), shape, card).fits, shape.layers)
+    if most:
+        yield kept(most)
 
 
 def _levels(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
-    """For each two levels the fewest layers at the higher one that fit; at last everything anew.
+    """For each two levels of fused layers the fewest layers at the higher one that fit.
 
     More than two levels at once would save nothing: what a level costs and what it saves are proportional
     to its layers.
@@ -201,19 +213,13 @@ def _levels(base: Recipe, shape: Shape, card: Card) -> Iterator[Recipe]:
         counts[high - 1] += shape.layers - layers
         return _with(base, activation_checkpointing=high == 5, levels=tuple(counts))
 
-    fits = []
     for low, high in itertools.combinations(fused.LEVELS, 2):
         most = _last(
             lambda n, a=low, b=high: memory.predict(mixed(a, b, n), shape, card).fits,  # type: ignore[misc]
             shape.layers,
         )
         if most:
-            fits.append(mixed(low, high, most))
-    yield from fits
-    if not fits:  # every layer computes everything again; the levers for the smallest cards
-        for tile in (None, TILE):
-            for offload in (False, True) if card.kind == "cuda" else (False,):
-                yield _with(base, levels=None, mlp_tile=tile, activation_offload=offload)
+            yield mixed(low, high, most)
 
 
 def _can_spare_table(recipe: Recipe, shape: Shape, card: Card) -> bool:

@@ -33,7 +33,12 @@ FAMILIES = (
 
 def applies(recipe: Recipe, shape: Shape) -> bool:
     """Whether this recipe's layers are fused, as far as can be told without the loaded model."""
-    return recipe.train.kernels == "auto" and shape.model_type in FAMILIES and not shape.experts
+    return knows(recipe, shape.model_type) and not shape.experts
+
+
+def knows(recipe: Recipe, model_type: str) -> bool:
+    """Whether the recipe lets layers be fused and their family is one that can."""
+    return recipe.train.kernels == "auto" and model_type in FAMILIES
 
 
 def on_card(recipe: Recipe, card: Card) -> Recipe:

@@ -30,7 +30,6 @@ from qlora.kernels.head import pack_head
 from qlora.offload import leave_embedding_with_host
 from qlora.recipe import is_local, local_path
 from qlora.settings import Recipe
-from qlora.shape import Shape
 
 MIN_KEPT_BYTES = 256 * 2**20  # of a checkpoint; a smaller one is quantized in a moment
 # Of a kept base: on its way from a card to the disk a whole file passes through the host's memory.
@@ -292,16 +291,15 @@ def attention_on(card: Card, recipe: Recipe, config: BaseConfig) -> str:
             f"a card of capability 8 or newer; this is {card.name}. Write 'auto' or 'sdpa'."
         )
     architecture = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config.config), None)
+    fuses = card.kind == "cuda" and fused.knows(recipe, config.config.model_type)
     if asked == "auto":
         # Fused layers call the same kernels, of PyTorch's own, for packed rows too.
-        plain = card.kind == "cpu" or not fused.applies(recipe, Shape.from_config(config.values))
         in_16_bits = cards.compute_dtype(recipe, card) != "float32"
-        if plain and in_16_bits and hardware.has_flash_attention(card):
+        if not fuses and in_16_bits and hardware.has_flash_attention(card):
             return "flash_attention_2"
         asked = "sdpa" if getattr(architecture, "_supports_sdpa", True) else "eager"
     # Falcon has its own way to SDPA, past the registered ones; it never asks for shared heads.
     takes_ours = getattr(architecture, "_can_set_attn_implementation", lambda: True)()
-    fuses = card.kind == "cuda" and fused.applies(recipe, Shape.from_config(config.values))
     if fuses and asked == "sdpa" and takes_ours:
         return bounded()
     return sdpa_on(card) if asked == "sdpa" and takes_ours else asked

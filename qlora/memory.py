@@ -14,6 +14,7 @@ import math
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
+from qlora import fused
 from qlora.cards import GIB, Card, DType, compute_dtype, optimizer
 from qlora.errors import DoesNotFit
 from qlora.settings import Recipe
@@ -100,7 +101,7 @@ def plan(recipe: Recipe, shape: Shape, card: Card) -> Plan:
     """
     first = predict(recipe, shape, card)
     changes, everything = [], recipe
-    for key, values, cost in _candidates(recipe, card):
+    for key, values, cost in _candidates(recipe, shape, card):
         for new in values:
             changed = predict(_write(recipe, key, new), shape, card)
             if changed.fits:
@@ -188,7 +189,7 @@ def _answering_bytes(recipe: Recipe, shape: Shape, card: Card, element: int) -> 
     return rows * (length * layer + (length + recipe.eval.max_new_tokens) * cache)
 
 
-def _candidates(recipe: Recipe, card: Card) -> list[tuple[str, list[Any], str]]:
+def _candidates(recipe: Recipe, shape: Shape, card: Card) -> list[tuple[str, list[Any], str]]:
     """Keys worth changing, cheapest first, each with its gentler values before the harsher ones."""
     rows, length = recipe.train.per_device_train_batch_size, recipe.data.max_length
     shorter = [length * 3 // 4 >> n for n in range(8)] + [length // 2 >> n for n in range(8)]
@@ -203,8 +204,21 @@ def _candidates(recipe: Recipe, card: Card) -> list[tuple[str, list[Any], str]]:
         ("data.max_length", [n for n in shorter if n >= 128], "drops the rows that are longer"),
         ("lora.r", [r for r in _halves(recipe.lora.r) if r >= 8], "a smaller update"),
     ]
-    if recipe.train.activation_checkpointing is not True:
-        found.insert(2, ("train.activation_checkpointing", [True], "up to 45 % more arithmetic"))
+    fuses = fused.applies(recipe, shape)
+    if fuses and not shape.tied and not recipe.lora.train_new_tokens:
+        if recipe.quant.head == "16bit":
+            cost = "rounds the head to 8 bits; its cost in loss: tests/measurements/head-8bit.json"
+            found.insert(2, ("quant.head", ["8bit"], cost))
+        if not recipe.train.embedding_offload and card.kind == "cuda":
+            cost = "the ids of each pass come to the host"
+            found.insert(2, ("train.embedding_offload", [True], cost))
+    if fuses and recipe.train.mlp_tile is None and recipe.train.activation_checkpointing is True:
+        found.insert(2, ("train.mlp_tile", [1024], "more, smaller products"))
+    if recipe.train.levels is not None:
+        pass  # they are the user's word on what is computed again
+    elif recipe.train.activation_checkpointing is not True:
+        cost = f"up to {33 if fuses else 45} % more arithmetic"
+        found.insert(2, ("train.activation_checkpointing", [True], cost))
     elif not recipe.train.activation_offload and card.kind == "cuda":
         cost = "a copy of each layer's input crosses the bus and comes back"
         found.insert(2, ("train.activation_offload", [True], cost))

@@ -56,10 +56,13 @@ def flops_per_token(recipe: Recipe, shape: Shape) -> float:
     >>> from qlora.recipe import recipe_from
     >>> from qlora.shape import Shape
     >>> llama = Shape("llama", 4096, 14336, 32, 32, 8, 128, 128256, False)
-    >>> recipe = recipe_from({"model": {"name": "a/b"}, "data": {"train": "hub:a/b", "max_length": 2048},
-    ...                       "run": {"name": "x"}})
-    >>> round(flops_per_token(recipe, llama) / 1e9, 1)  # 47.8 in a traced step
+    >>> def recipe(**train):
+    ...     return recipe_from({"model": {"name": "a/b"}, "data": {"train": "hub:a/b", "max_length": 2048},
+    ...                         "run": {"name": "x"}, "train": train})
+    >>> round(flops_per_token(recipe(kernels="off"), llama) / 1e9, 1)  # 47.8 in a traced step
     47.8
+    >>> round(flops_per_token(recipe(activation_checkpointing=False), llama) / 1e9, 1)  # 32.1
+    32.1
     """
     if applies(recipe, shape):
         return _fused_flops_per_token(recipe, shape)

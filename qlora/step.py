@@ -16,6 +16,7 @@ from qlora.shape import Shape, adapter_parameters, target_names
 from qlora.speed import checkpointed_layers
 
 CHUNK_BYTES = 64 * 2**20  # of logits that the loss of qlora.kernels holds at a time
+HEAD_TILE_BYTES = 32 * 2**20  # of an 8-bit head that are unpacked at a time
 LOSS_TILE = (4096, 32768)  # (tokens, vocabulary entries) trl 1.16 projects at a time
 
 
@@ -132,7 +133,7 @@ class Step:
             kept,
             forward=layer.passing_at(last),
             backward=highest - kept,
-            loss=_fused_loss(shape, tokens, element, table),
+            loss=_fused_loss(recipe, shape, tokens, element, table),
             gradients=4 * trainable,
             table=table,
             unpacked=layer.largest_unpacked,
@@ -188,13 +189,16 @@ def fused_layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> Fu
     )
 
 
-def _fused_loss(shape: Shape, tokens: int, element: int, table: int) -> int:
+def _fused_loss(recipe: Recipe, shape: Shape, tokens: int, element: int, table: int) -> int:
     """Bytes of the last norm and of the loss, at the highest point: one chunk of logits and no more."""
     width = tokens * shape.hidden * element
     norm = width + 4 * tokens  # its input, kept until it goes backwards
     if table:
         return norm + width + max(12 * tokens * shape.vocab, 6 * tokens * shape.vocab + table)
     chunk = max(element * shape.vocab, min(CHUNK_BYTES, element * shape.vocab * tokens))
+    if recipe.quant.head == "8bit":  # a tile of the head, and its part of the logits once more
+        rows = HEAD_TILE_BYTES // (element * shape.hidden)
+        chunk += HEAD_TILE_BYTES + chunk * min(rows, shape.vocab) // shape.vocab
     # Its output, the supervised rows of it, and their gradient; then that one scaled, scattered among all
     # rows and passed through the norm.
     return norm + max(3 * width + chunk, 5 * width)

@@ -13,7 +13,7 @@ from conftest import save_tiny
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from qlora import loader
-from qlora.attention import WITHOUT_GQA, sdpa_on
+from qlora.attention import BOUNDED, WITHOUT_GQA, sdpa_on
 from qlora.cards import Card
 from qlora.errors import ModelError
 from qlora.loader import BaseConfig
@@ -187,13 +187,28 @@ print(json.dumps([sorted(set(now) - set(was)) for was, now in zip(before, once)]
      ("gemma2", "auto", "eager"), ("falcon", "auto", "sdpa")],
 )  # fmt: skip
 def test_the_loader_takes_it_where_it_would_have_taken_sdpa(make_recipe, kind, asked, expected):
-    recipe = make_recipe(model__attn_implementation=asked)
+    recipe = make_recipe(model__attn_implementation=asked, train__kernels="off")
     config = BaseConfig(AutoConfig.for_model(kind), {}, None)
     assert loader.attention_on(T4, recipe, config) == expected
     newer = Card("RTX 3060", "cuda", 2**34, 2**34, (8, 6))
     assert loader.attention_on(newer, recipe, config) == (
         "sdpa" if expected == WITHOUT_GQA else expected
     )
+
+
+@pytest.mark.parametrize(
+    ("kind", "asked", "expected"),
+    [("llama", "auto", BOUNDED), ("qwen3", "sdpa", BOUNDED), ("llama", "eager", "eager"),
+     ("gemma2", "auto", "eager"), ("falcon", "auto", "sdpa"), ("granite", "auto", WITHOUT_GQA)],
+)  # fmt: skip
+def test_fused_layers_on_a_card_are_told_the_bounds_of_packed_rows(
+    make_recipe, kind, asked, expected
+):
+    recipe = make_recipe(model__attn_implementation=asked)
+    config = BaseConfig(AutoConfig.for_model(kind), {}, None)
+    assert loader.attention_on(T4, recipe, config) == expected
+    on_a_cpu = Card("CPU", "cpu", 2**34, 2**34)
+    assert loader.attention_on(on_a_cpu, recipe, config) in ("sdpa", "eager")
 
 
 def test_a_model_without_sdpa_is_refused_under_this_name_too(make_recipe, tmp_path):

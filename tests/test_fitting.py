@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -12,9 +13,9 @@ from shapes import CONFIGS
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoConfig
 
-from qlora import cards, fitting, memory, siblings, speed
+from qlora import cards, fitting, fused, memory, siblings, speed
 from qlora.cards import GIB, Card, named_card
-from qlora.errors import CheckpointError, DoesNotFit
+from qlora.errors import CheckpointError, DoesNotFit, RecipeError
 from qlora.recipe import recipe_from
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -44,9 +45,12 @@ def rows(recipe: Recipe) -> int:
 @pytest.mark.parametrize("card", ["8GB", "12GB", "T4", "24GB"])
 @pytest.mark.parametrize("length", [512, 2048, 4096])
 @pytest.mark.parametrize("shape", [LLAMA, TINYLLAMA], ids=["8B", "1B"])
-def test_what_is_chosen_fits_and_nothing_cheaper_does(shape: Shape, length: int, card: str) -> None:
+@pytest.mark.parametrize("kernels", ["off", "auto"])
+def test_what_is_chosen_fits_and_nothing_cheaper_does(
+    shape: Shape, length: int, card: str, kernels: str
+) -> None:
     where = named_card(card)
-    fitted = fitting.fit(make(length), shape, where)
+    fitted = fitting.fit(make(length, kernels=kernels), shape, where)
     room = where.free_bytes * (1 - fitting.MARGIN)
     if fitted.plan.total_bytes > room:  # nothing keeps the margin
         assert "less than the margin" in fitted.reasons[-1]
@@ -62,6 +66,7 @@ def test_what_is_chosen_fits_and_nothing_cheaper_does(shape: Shape, length: int,
             gradient_accumulation_steps=16 // size,
             activation_checkpointing=layers if layers < shape.layers else True,
             optim="paged_adamw_8bit",
+            kernels=kernels,
         )
         if memory.predict(other, shape, where).total_bytes <= room:
             assert speed.cost_per_token(other, shape) >= cost * (1 - 1e-9)
@@ -77,26 +82,80 @@ def test_a_larger_card_is_never_slower() -> None:
 
 
 def test_a_card_with_room_recomputes_nothing_and_one_without_recomputes_some_layers() -> None:
-    assert fitting.fit(make(), LLAMA, named_card("24GB")).chosen == {
+    plain = make(kernels="off")
+    assert fitting.fit(plain, LLAMA, named_card("24GB")).chosen == {
         "per_device_train_batch_size": 1,
         "gradient_accumulation_steps": 16,
         "activation_checkpointing": False,
+        "levels": None,
+        "mlp_tile": None,
         "activation_offload": False,
+        "embedding_offload": False,
         "optim": "adamw_8bit",
     }
-    some = fitting.fit(make(), LLAMA, named_card("12GB")).chosen["activation_checkpointing"]
+    some = fitting.fit(plain, LLAMA, named_card("12GB")).chosen["activation_checkpointing"]
     assert some is not True and 0 < some < 32
 
 
+def test_fused_layers_keep_all_where_there_is_room_and_a_mix_of_two_levels_where_not() -> None:
+    roomy = fitting.fit(make(), LLAMA, named_card("24GB"))
+    assert roomy.chosen["levels"] == (32, 0, 0, 0, 0)
+    for card in ("8GB", "12GB", "T4"):
+        counts = fitting.fit(make(4096), LLAMA, named_card(card)).chosen["levels"]
+        assert sum(counts) == 32 and 1 <= sum(count > 0 for count in counts) <= 2
+
+
+def test_every_mix_of_levels_that_fits_costs_more_than_the_chosen_one() -> None:
+    card, shape = named_card("12GB"), replace(LLAMA, layers=6, vocab=700_000)
+    fitted = fitting.fit(make(8192, per_device_train_batch_size=1), shape, card)
+    room = card.free_bytes * (1 - fitting.MARGIN)
+    assert len(set(fused.levels_of(fitted.recipe, shape))) == 2  # the card is really full
+    cost = speed.cost_per_token(fitted.recipe, shape)
+    for counts in itertools.product(range(7), repeat=5):
+        if sum(counts) == 6:
+            for away in (False, True):
+                other = make(
+                    8192, levels=counts, optim="paged_adamw_8bit", embedding_offload=away,
+                    per_device_train_batch_size=1, gradient_accumulation_steps=16,
+                )  # fmt: skip
+                if memory.predict(other, shape, card).total_bytes <= room:
+                    assert speed.cost_per_token(other, shape) >= cost * (1 - 1e-9)
+
+
+def test_the_levers_for_small_cards_come_only_where_levels_are_not_enough() -> None:
+    for card, length in (("8GB", 16384), ("12GB", 65536)):
+        tight = fitting.fit(make(length), LLAMA, named_card(card))
+        chosen = tight.chosen
+        assert chosen["mlp_tile"] or chosen["activation_offload"]
+        room = named_card(card).free_bytes * (1 - fitting.MARGIN)
+        assert tight.plan.total_bytes <= room
+        freed = {"mlp_tile": None, "activation_offload": False, "optim": "paged_adamw_8bit"}
+        train = tight.recipe.train.model_copy(update=freed)
+        without = tight.recipe.model_copy(update={"train": train})
+        assert memory.predict(without, LLAMA, named_card(card)).total_bytes > room
+
+
+def test_a_card_that_triton_does_not_know_gets_the_libraries_layers() -> None:
+    fitted = fitting.fit(make(512), TINYLLAMA, named_card("P100"))
+    assert fitted.recipe.train.kernels == "off" and fitted.chosen["levels"] is None
+
+
+def test_levels_must_add_up_to_the_layers() -> None:
+    written = make(levels=[1, 2, 3, 4, 5], fit="as_written")
+    with pytest.raises(RecipeError, match=r"names 15 layers .* but the model has 32"):
+        fitting.fit(written, LLAMA, named_card("24GB"))
+
+
 def test_inputs_go_to_the_host_only_where_recomputing_every_layer_is_not_enough() -> None:
-    tight = fitting.fit(make(), LLAMA, named_card("8GB"))
+    card = named_card("7GB")
+    tight = fitting.fit(make(kernels="off"), LLAMA, card)
     assert tight.chosen["activation_checkpointing"] is True
     assert tight.chosen["activation_offload"] is True
     without = tight.recipe.model_copy(
         update={"train": tight.recipe.train.model_copy(update={"activation_offload": False})}
     )
-    room = named_card("8GB").free_bytes * (1 - fitting.MARGIN)
-    assert memory.predict(without, LLAMA, tight.plan.card).total_bytes > room
+    room = card.free_bytes * (1 - fitting.MARGIN)
+    assert memory.predict(without, LLAMA, card).total_bytes > room
 
 
 def test_paging_keeps_the_arithmetic_of_the_optimizer() -> None:
@@ -132,9 +191,10 @@ def test_a_recipe_as_it_is_written_is_not_touched() -> None:
 
 
 def test_the_reasons_give_figures_for_what_was_chosen() -> None:
-    said = " | ".join(fitting.fit(make(), LLAMA, named_card("12GB")).reasons)
+    said = " | ".join(fitting.fit(make(kernels="off"), LLAMA, named_card("12GB")).reasons)
     assert "1 x 2,048 tokens a pass, at most 16 a step: 16 rows, as written" in said
-    assert "train.activation_checkpointing True -> 22, optim auto -> adamw_8bit" in said
+    assert "train.activation_checkpointing True -> 19, embedding_offload False -> True" in said
+    assert "the embedding table stays with the host" in said
     assert "of 32 layers are computed again, for" in said
     assert "all of them would cost 44%" in said
     assert "adamw_8bit: the same update, its state kept on the card" in said
@@ -266,7 +326,7 @@ def test_operations_a_token_are_those_that_torch_counts(layers: bool | int) -> N
         num_attention_heads=4, num_key_value_heads=2, vocab_size=512, pad_token_id=None,
         bos_token_id=None, eos_token_id=None, tie_word_embeddings=False,
     )  # fmt: skip
-    recipe = make(256, activation_checkpointing=layers, fit="as_written")
+    recipe = make(256, activation_checkpointing=layers, fit="as_written", kernels="off")
     shape = Shape.from_config(config.to_dict())
     # Eager attention computes all scores, causal or not, and goes backwards in twice its forward pass;
     # the head of this loss is projected once; the first layer's inputs need no gradient.
@@ -292,7 +352,7 @@ def test_operations_a_token_are_those_that_torch_counts(layers: bool | int) -> N
 def test_an_8b_costs_what_a_traced_step_of_trl_costs(
     length: int, recomputed: bool, gflop: float
 ) -> None:
-    recipe = make(length, activation_checkpointing=recomputed)
+    recipe = make(length, activation_checkpointing=recomputed, kernels="off")
     assert speed.flops_per_token(recipe, LLAMA) / 1e9 == pytest.approx(gflop, rel=0.004)
 
 

@@ -117,10 +117,12 @@ def test_the_longest_sequences_are_those_that_are_planned():
     for name, cells in shown.items():
         values = {
             "model": {"name": name}, "data": {"train": "hub:owner/rows"}, "run": {"name": "table"},
+            "train": {"fit": "auto"},
         }  # fmt: skip
         for text, cell in zip(names, cells, strict=True):
             card, shape = cards.named_card(text), siblings.published()[name]
             longest = min(
-                fitting.longest(recipe_from(values), shape, card), siblings.positions(name)
+                fitting.longest(recipe_from(values), shape, card, anew=True),
+                siblings.positions(name),
             )
             assert cell == (f"{longest:,}" if longest else "-"), (name, text)

@@ -12,9 +12,11 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoConfig
 from trl.kernels import chunked_logprob
 
-from qlora import adapter, loader, rehearsal
+from qlora import adapter, fused, loader, rehearsal
 from qlora.cards import Card
+from qlora.kernels import attached
 from qlora.recipe import recipe_from
+from qlora.shape import Shape
 from qlora.step import LOSS_TILE
 from qlora.tracing import MemoryTracer
 
@@ -56,7 +58,7 @@ def make(**sections: dict[str, Any]) -> Any:
         "model": {"name": "owner/model"},
         "data": {"train": "hub:owner/data", "max_length": 256},
         "lora": {"r": 8},
-        "train": {"activation_checkpointing": False},
+        "train": {"activation_checkpointing": False, "kernels": "off"},
         "run": {"name": "rehearsal"},
     }
     for name, section in sections.items():
@@ -74,7 +76,12 @@ def real_model(family: str, changes: dict[str, Any], recipe: Any, folder: Path) 
         update={"model": recipe.model.model_copy(update={"name": str(folder)})}
     )
     base = loader.load_base(named, CPU, loader.read_config(named), bars=False)
-    return adapter.attach(base.model, named).train()
+    model = adapter.attach(base.model, named).train()
+    if recipe.train.kernels == "auto":
+        shape = Shape.from_config(config.to_dict())
+        levels = fused.levels_of(recipe, shape)
+        attached.attach(model, CPU, levels=levels, tile=recipe.train.mlp_tile)
+    return model
 
 
 class Unwatched:
@@ -139,6 +146,43 @@ def test_a_traced_step_peaks_where_the_allocator_does(name: str, tmp_path: Path)
     )
     assert made_by_the_step(followed) == pytest.approx(asked, rel=0.01)
     assert made_by_the_step(imagined) == pytest.approx(asked, rel=0.01)
+    for category in ("base_nf4", "scales", "unquantized", "adapters", "gradients", "optimizer"):
+        assert imagined.peak.get(category, 0) == followed.peak.get(category, 0)
+
+
+FUSED: dict[str, tuple[str, dict[str, Any], dict[str, dict[str, Any]]]] = {
+    f"level {n}": ("llama", GROUPED, {"train": {"levels": [3 * (n == m) for m in range(1, 6)]}})
+    for n in range(1, 6)
+} | {
+    "three levels": ("qwen3", GROUPED, {"train": {"levels": [1, 1, 0, 0, 1]}}),
+    "tiles": ("llama", {}, {"train": {"activation_checkpointing": True, "mlp_tile": 64}}),
+    "four norms": ("gemma3_text", GROUPED, {"train": {"activation_checkpointing": True}}),
+    "fused matrices": ("phi3", GROUPED, {}),
+    "dropout": ("llama", {}, {"lora": {"lora_dropout": 0.1}}),
+    "padded": ("llama", GROUPED, {"data": {"packing": False}}),
+    "8-bit head": ("llama", {}, {"quant": {"head": "8bit"}}),
+    "16-bit base": ("llama", {}, {"quant": {"quant_type": "none"}}),
+}
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name", FUSED)
+def test_fake_tensors_give_the_peak_of_real_ones_with_fused_layers(
+    name: str, dtype: str, tmp_path: Path
+) -> None:
+    # Against the allocator there is nothing to hold them: on a CPU plain torch stands in for the kernels
+    # of a card, and what it allocates inside an operator no card does.
+    family, changes, sections = FUSED[name]
+    sections = sections | {
+        "train": {"kernels": "auto", **sections.get("train", {})},
+        "quant": {"compute_dtype": dtype, **sections.get("quant", {})},
+    }
+    recipe = make(**sections)
+    model = real_model(family, changes, recipe, tmp_path / "model")
+    followed = rehearsal.step(model, two_rows(recipe), recipe, CPU)
+    config = AutoConfig.for_model(family, **(SHAPE | changes))
+    imagined = rehearsal.trace(recipe, config, CPU, model.config._attn_implementation)
+    assert made_by_the_step(imagined) == pytest.approx(made_by_the_step(followed), rel=0.01)
     for category in ("base_nf4", "scales", "unquantized", "adapters", "gradients", "optimizer"):
         assert imagined.peak.get(category, 0) == followed.peak.get(category, 0)
 

@@ -400,7 +400,9 @@ def test_settings_chosen_for_the_card_train_and_are_recorded(make_recipe, monkey
     stored = json.loads((run.dir / "plan.json").read_text())
     assert stored["chosen"]["per_device_train_batch_size"] == 4
     assert stored["chosen"]["activation_checkpointing"] is False
-    assert stored["reasons"] and "no layer is computed again" in said.getvalue()
+    assert stored["chosen"]["levels"] == [2, 0, 0, 0, 0]
+    assert stored["reasons"] and "every layer keeps all it needs" in said.getvalue()
+    assert "kernels   on, proven on this model" in said.getvalue()
     assert load_recipe(run.recipe_file) == recipe
     by_hand = trainer.train(make_recipe(), console=Console(quiet=True))
     assert run.result["train_loss"] == by_hand.result["train_loss"]

@@ -20,7 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora import adapter
 from qlora.cards import Card
-from qlora.kernels.attention import CpuFlash, Differentiated, Kernel, bounds_in, kernel_on
+from qlora.kernels.attention import (
+    CpuFlash,
+    Differentiated,
+    Kernel,
+    Scores,
+    bounds_in,
+    in_options,
+    kernel_on,
+)
 from qlora.kernels.family import NotFused, last_norm, norm, parts_of, require_known
 from qlora.kernels.head import PackedHead
 from qlora.kernels.layer import LEVELS, FusedLayer, Norm, Parts
@@ -153,12 +161,20 @@ def attention_of(layer: Any, card: Card) -> Kernel:
     function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     window = getattr(attn, "sliding_window", None)
 
-    def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, mask: torch.Tensor | None
-    ) -> torch.Tensor:
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores) -> torch.Tensor:
         options = {} if softcap is None else {"softcap": softcap}
+        if scores.bounds is not None:
+            options |= in_options(scores.bounds)
         return function(  # type: ignore[no-any-return]
-            attn, q, k, v, mask, dropout=0.0, scaling=attn.scaling, sliding_window=window, **options
+            attn,
+            q,
+            k,
+            v,
+            scores.mask,
+            dropout=0.0,
+            scaling=attn.scaling,
+            sliding_window=window,
+            **options,
         )[0]
 
     return Differentiated(attend)

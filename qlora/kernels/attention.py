@@ -117,6 +117,7 @@ class CpuFlash:
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
     ) -> tuple[torch.Tensor, Saved]:
+        assert scores.bounds is None, "this kernel takes masks alone"
         groups = q.shape[2] // k.shape[2]
         o, lse = aten._scaled_dot_product_flash_attention_for_cpu(
             q.transpose(1, 2), _spread(k, groups).transpose(1, 2), _spread(v, groups).transpose(1, 2),
@@ -282,7 +283,7 @@ class Differentiated:
     Its graph cannot be kept by parts. It is made again in the backward pass from q, k and v.
 
     Args:
-        function: ``(q, k, v, mask) -> output``, all (B, heads, T, D) but the output (B, T, H, D).
+        function: ``(q, k, v, scores) -> output``, all (B, heads, T, D) but the output (B, T, H, D).
     """
 
     def __init__(self, function: Callable[..., torch.Tensor]) -> None:
@@ -292,7 +293,7 @@ class Differentiated:
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
     ) -> tuple[torch.Tensor, Saved]:
         heads = (x.transpose(1, 2) for x in (q, k, v))
-        return self.function(*heads, scores.mask), ()
+        return self.function(*heads, scores), ()
 
     def backward(
         self,
@@ -306,7 +307,7 @@ class Differentiated:
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         with torch.enable_grad():
             leaves = [x.detach().requires_grad_() for x in (q, k, v)]
-            again = self.function(*(x.transpose(1, 2) for x in leaves), scores.mask)
+            again = self.function(*(x.transpose(1, 2) for x in leaves), scores)
         dq, dk, dv = torch.autograd.grad(again, leaves, do)
         return dq, dk, dv
 
@@ -322,6 +323,15 @@ def bounds_in(options: dict[str, Any]) -> Bounds | None:
     """Where packed rows end, as transformers hands it to FlashAttention; None if nobody says."""
     offsets = options.get("cu_seq_lens_q")
     return None if offsets is None else Bounds(offsets, int(options["max_length_q"]))
+
+
+def in_options(bounds: Bounds) -> dict[str, Any]:
+    """The same the other way round."""
+    offsets, longest = bounds.offsets, bounds.longest
+    return {
+        "cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": longest,
+        "max_length_k": longest,
+    }  # fmt: skip
 
 
 class _Attend(torch.autograd.Function):

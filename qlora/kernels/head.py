@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-TILE_BYTES = 32 * 2**20  # of a tile in the compute dtype
+from qlora.step import HEAD_TILE_BYTES
 
 
 class PackedHead(nn.Module):
@@ -64,7 +64,7 @@ class PackedHead(nn.Module):
         return found
 
     def _tiles(self) -> Iterator[slice]:
-        size = max(1, TILE_BYTES // (self.in_features * self.dtype.itemsize))
+        size = max(1, HEAD_TILE_BYTES // (self.in_features * self.dtype.itemsize))
         return (
             slice(at, min(at + size, self.out_features)) for at in range(0, self.out_features, size)
         )
