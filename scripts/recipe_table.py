@@ -20,7 +20,7 @@ for folder in (ROOT, ROOT / "tests"):
 
 from shapes import CONFIGS  # noqa: E402
 
-from qlora import cards, cookbook, memory  # noqa: E402
+from qlora import cards, cookbook, fitting, memory  # noqa: E402
 from qlora.cards import GIB  # noqa: E402
 from qlora.recipe import load_recipe  # noqa: E402
 from qlora.shape import Shape  # noqa: E402
@@ -46,7 +46,7 @@ def predict(name: str) -> memory.Plan:
     """The plan of a shipped recipe on the card its name ends with."""
     recipe = load_recipe(str(cookbook.shelf() / f"{name}.yaml"))
     shape = Shape.from_config(CONFIGS[recipe.model.name])
-    return memory.plan(recipe, shape, cards.named_card(name.rpartition("-")[2]))
+    return fitting.fit(recipe, shape, cards.named_card(name.rpartition("-")[2])).plan
 
 
 def table() -> str:
