@@ -140,9 +140,10 @@ def plain_lora(module: nn.Module) -> tuple[nn.Module, LoraLayer | None, str, str
 def count(model: nn.Module) -> Counts:
     """Trainable and total parameters; tied weights count once, packed weights as what they stand for."""
     parameters = list(model.parameters())
+    head = sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)  # a head in 8 bits
     return Counts(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(nf4.unpacked_numel(p) for p in parameters),
+        total=sum(nf4.unpacked_numel(p) for p in parameters) + head,
     )
 
 

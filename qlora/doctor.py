@@ -43,6 +43,7 @@ def examine(folder: Path) -> list[Check]:
         lambda: _card(card),
         lambda: _nf4(card),
         lambda: _attention(card),
+        lambda: _kernels(card),
         lambda: _disk(folder),
         _hub,
         _wandb,
@@ -114,6 +115,20 @@ def _attention(card: Card) -> Check:
     if hardware.has_flash_attention(card):
         return Check("attention", "ok", "FlashAttention 2 is installed and will be used")
     return Check("attention", "ok", "PyTorch's SDPA (FlashAttention 2 is not needed)")
+
+
+def _kernels(card: Card) -> Check:
+    """What fused layers need on a card: Triton, which compiles its launcher with a C compiler."""
+    if card.kind == "cpu":
+        return Check("kernels", "ok", "fused layers in plain torch; Triton is for cards")
+    off = "The libraries' layers train instead, slower."
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return Check("kernels", "note", "triton is not installed", off)
+    if not any(shutil.which(name) for name in (os.environ.get("CC") or "cc", "gcc", "clang")):
+        return Check("kernels", "note", "triton finds no C compiler (cc, gcc, clang)", off)
+    return Check("kernels", "ok", f"triton {version}; proven on your model when a run starts")
 
 
 def _disk(folder: Path) -> Check:

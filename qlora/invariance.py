@@ -46,6 +46,7 @@ class Case:
     packed: bool = False
     checkpointing: bool = False
     evaluation: bool = False
+    level: int = 0  # of fused layers; 0: the libraries' own
 
     @property
     def advice(self) -> str:
@@ -53,6 +54,8 @@ class Case:
         if self.evaluation:
             return "believe no held-out loss of this model"
         ways = []
+        if self.level:
+            ways.append("train.kernels=off")
         if self.packed:
             ways.append("data.packing=false")
         if self.checkpointing:
@@ -71,6 +74,9 @@ CASES = (
     Case("packed", 1, packed=True),
     Case("packed, four a pass", 4, packed=True),
     Case("packed, activation checkpointing", 1, packed=True, checkpointing=True),
+    Case("fused layers", 1, level=1),
+    Case("fused layers, packed", 1, packed=True, level=2),
+    Case("fused layers, packed, all again", 1, packed=True, level=5),
     Case("evaluation", 4, evaluation=True),
     Case("evaluation, packed", 1, packed=True, evaluation=True),
 )

@@ -8,12 +8,12 @@ a time. The embedding table stays with the host altogether: a step gathers a row
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 MIN_BYTES = 2**20  # a smaller tensor is not worth a copy
 
@@ -30,12 +30,13 @@ class InputsOnHost(torch.autograd.graph.saved_tensors_hooks):
     """
 
     def __init__(self, moved: Callable[[torch.Tensor], Any] | None = None) -> None:
-        line: list[_Kept] = []  # in the order of the forward pass; the backward pass takes the last
+        last: list[Callable[[], _Kept | None]] = [lambda: None]
 
         def pack(tensor: torch.Tensor) -> Any:
             if not _is_hidden_state(tensor):
                 return tensor
-            kept = _Kept(tensor.detach(), line)
+            kept = _Kept(tensor.detach(), last[0])
+            last[0] = weakref.ref(kept)
             if moved is not None:
                 moved(kept.on_host)
             return kept
@@ -47,17 +48,20 @@ class InputsOnHost(torch.autograd.graph.saved_tensors_hooks):
 
 
 class _Kept:
-    """One tensor on the host, and its way there and back."""
+    """One tensor on the host, and its way there and back.
+
+    It knows the one before it in the forward pass, which is wanted after it, and does not keep it alive:
+    each goes when autograd lets go of it.
+    """
 
     streams: ClassVar[dict[torch.device, Any]] = {}  # one of copies for each card
 
-    def __init__(self, tensor: torch.Tensor, line: list[_Kept]) -> None:
-        self.device, self.line, self.number = tensor.device, line, len(line)
+    def __init__(self, tensor: torch.Tensor, before: Callable[[], _Kept | None]) -> None:
+        self.device, self.before = tensor.device, before
         self.on_card: torch.Tensor | None = None
         self.on_host = torch.empty(
             tensor.shape, dtype=tensor.dtype, device="cpu", pin_memory=tensor.is_cuda
         )
-        line.append(self)
         if not tensor.is_cuda:
             self.on_host.copy_(tensor)
             return
@@ -77,8 +81,8 @@ class _Kept:
         present = torch.cuda.current_stream(self.device)
         present.wait_stream(self._stream())
         found.record_stream(present)
-        if self.number:
-            self.line[self.number - 1]._send_for()
+        if (following := self.before()) is not None:
+            following._send_for()
         return found
 
     def _send_for(self) -> None:
@@ -103,8 +107,8 @@ class EmbeddingOnHost:
         self.module = module
 
     def __call__(self, ids: torch.Tensor) -> torch.Tensor:
-        module = self.module
-        rows = functional.embedding(ids.to("cpu"), module.weight, module.padding_idx)
+        own: Any = type(self.module).forward  # Gemma 3's also scales
+        rows = own(self.module, ids.to("cpu"))
         if ids.device.type == "cpu":
             return rows
         return rows.pin_memory().to(ids.device, non_blocking=True)
@@ -118,9 +122,14 @@ def leave_embedding_with_host(base: Any) -> None:
     module = base.get_input_embeddings()
     assert module.weight is not base.get_output_embeddings().weight, "the head needs the table"
     if not module.weight.is_meta:  # a plan's model has no contents to move
-        module.weight.data = module.weight.data.to("cpu")
+        module.to("cpu")
     module.forward = EmbeddingOnHost(module)
     module._apply = lambda fn, recurse=True: module  # a later .to(device) of the model passes it by
+
+
+def device_of(model: nn.Module) -> torch.device:
+    """Where a model computes. Its first parameter, which libraries ask for that, may lie with the host."""
+    return next(reversed(list(model.parameters()))).device
 
 
 def _is_hidden_state(tensor: torch.Tensor) -> bool:

@@ -19,6 +19,8 @@ import torch
 
 from qlora.attention import BOUNDED
 from qlora.errors import ModelError
+from qlora.kernels.attention import Bounds, in_options
+from qlora.offload import device_of
 from qlora.rendering import IGNORED
 from qlora.settings import Recipe
 
@@ -63,13 +65,15 @@ class Layout:
 
     ``sequences`` of at most ``max_length`` tokens go through the model at a time. ``packed`` lays
     several rows into one; ``flat`` puts a micro-batch into one sequence without padding, for attention
-    that takes its bounds from position ids (FlashAttention) and so never computes across them.
+    that takes rows' bounds (FlashAttention) and so never computes across them; ``maskless`` tells
+    transformers to build no mask beside them.
     """
 
     max_length: int
     sequences: int
     packed: bool
     flat: bool = False
+    maskless: bool = False
 
     def micro_batches(self, lengths: Sequence[int]) -> list[list[list[int]]]:
         """Micro-batches of sequences of row indices; every row once, long ones first."""
@@ -171,17 +175,28 @@ class Collator:
         at += at // max(shape[1] - 1, 1)  # the last place of a sequence has no next token
         laid_out = {"input_ids": ids, "labels": labels, "supervised_at": at, **third}
         tensors = {name: torch.from_numpy(array) for name, array in laid_out.items()}
+        if self.layout.maskless:
+            tensors["attention_mask"] = torch.empty(0, 0, 0, 0, dtype=torch.bool)
         return tensors | (_bounds(positions[0]) if self.layout.flat else {})
 
 
 def sample(rows: Sequence[Sequence[int]], attention: str, device: torch.device) -> dict[str, Any]:
     """A short packed batch of a few rows as the model takes it, for trying things on a loaded model."""
     short = [list(row)[:32] for row in rows]
-    layout = Layout(32 * len(short), 1, packed=True, flat=attention in FLAT)
+    layout = Layout(32 * len(short), 1, packed=True, **of(attention))
     batch = Collator(layout, 0)._tensors(
         [[{"input_ids": ids, "labels": [IGNORED] * len(ids)} for ids in short]]
     )
     return on(device, for_model(batch))
+
+
+def of(attention: str) -> dict[str, bool]:
+    """What of a layout follows from the attention in use.
+
+    A mask of no elements tells transformers that there is nothing to build: it would look at the positions
+    of every pass, and the host would wait for what it finds.
+    """
+    return {"flat": attention in FLAT, "maskless": attention == BOUNDED}
 
 
 def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
@@ -192,10 +207,7 @@ def on(device: torch.device, batch: dict[str, Any]) -> dict[str, Any]:
 def _bounds(positions: np.ndarray) -> dict[str, Any]:
     """Where the rows of one sequence end, as transformers hands it on to FlashAttention."""
     offsets = np.append(np.flatnonzero(positions == 0), len(positions)).astype(np.int32)
-    tensor, longest = torch.from_numpy(offsets), int(np.diff(offsets).max())
-    return {
-        "cu_seq_lens_q": tensor, "cu_seq_lens_k": tensor, "max_length_q": longest, "max_length_k": longest,
-    }  # fmt: skip
+    return in_options(Bounds(torch.from_numpy(offsets), int(np.diff(offsets).max())))
 
 
 def for_model(batch: dict[str, Any]) -> dict[str, Any]:
@@ -217,14 +229,14 @@ def choose(
     Raises:
         ModelError: Packing is asked for and the model's attention lets packed rows see each other.
     """
-    asked, flat = recipe.data.packing, attention in FLAT
+    asked = recipe.data.packing
     sequences = recipe.train.per_device_train_batch_size
     padded = Layout(recipe.data.max_length, sequences, packed=False)
     if asked is False:
         return padded, "off; rows of like length are padded together"
-    proof = prove(model, [rows[i % len(rows)] for i in range(3)], flat=flat)
+    proof = prove(model, [rows[i % len(rows)] for i in range(3)], attention)
     if proof.holds:
-        layout = Layout(recipe.data.max_length, sequences, packed=True, flat=flat)
+        layout = Layout(recipe.data.max_length, sequences, packed=True, **of(attention))
         return layout, f"on, proven on this model: {proof}"
     if asked is True:
         raise ModelError(
@@ -256,19 +268,19 @@ class Proof:
         )
 
 
-def prove(model: Any, rows: Sequence[Sequence[int]], *, flat: bool = False) -> Proof:
+def prove(model: Any, rows: Sequence[Sequence[int]], attention: str = "sdpa") -> Proof:
     """Try on the loaded model that packed rows cannot see each other.
 
     Three rows are packed; the logits of the second and third must not change in a bit when the first
     one's tokens do, and must be those of the rows alone, up to the order of a kernel's sums. Mode and
     random state of the model are left as they were.
     """
-    device = next(model.parameters()).device
+    device = device_of(model)
     first, *others = [list(row)[:64] for row in rows[:3]]
     changed = [*first[:1], *reversed(first[1:])]
     if changed == first:
         changed = [token - 1 if token else 1 for token in first]
-    layout = Layout(192, 1, packed=True, flat=flat)
+    layout = Layout(192, 1, packed=True, **of(attention))
 
     def logits(packed: list[list[int]]) -> torch.Tensor:
         collator = Collator(layout, 0)

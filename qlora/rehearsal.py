@@ -17,6 +17,7 @@ from qlora.attention import BOUNDED, bounded
 from qlora.cards import Card
 from qlora.fitting import Fitted
 from qlora.kernels import attached
+from qlora.kernels.attention import Bounds, in_options
 from qlora.memory import Plan
 from qlora.offload import InputsOnHost
 from qlora.settings import Recipe
@@ -69,7 +70,9 @@ def batch(recipe: Recipe, attention: str) -> dict[str, Any]:
     bounds: dict[str, Any] = {}
     if flat:
         offsets = torch.arange(0, ids.numel() + 1, shape[1], dtype=torch.int32)
-        bounds = {"cu_seq_lens_q": offsets, "cu_seq_lens_k": offsets, "max_length_q": shape[1], "max_length_k": shape[1]}  # noqa: E501  # fmt: skip
+        bounds = in_options(Bounds(offsets, shape[1]))
+        if attention == BOUNDED:
+            bounds["attention_mask"] = torch.empty(0, 0, 0, 0, dtype=torch.bool)
     return laid_out | {"position_ids": positions} | bounds
 
 

@@ -1,9 +1,9 @@
 """Is a step's gradient the same however its rows are laid out? Tried on the user's own base, data and card.
 
 Eight rows of the recipe go through the trainer's own step in every layout that training may choose: one
-row a pass or several, packed or padded, with activations kept or computed again; and through its
-evaluation. One row a pass, padded, is the reference: nothing there can leak, and every other case must
-give its loss and its adapter gradients, up to rounding.
+row a pass or several, packed or padded, with activations kept or computed again, by the libraries' layers
+or by fused ones; and through its evaluation. One row a pass, padded, is the reference: nothing there can
+leak, and every other case must give its loss and its adapter gradients, up to rounding.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import DataError, DoesNotFit, SelfTestFailed
 from qlora.invariance import CASES, REFERENCE, ROWS, TOLERANCES, Case, Finding, Report
+from qlora.kernels import attached
+from qlora.kernels.family import NotFused
 from qlora.packing import Layout
 from qlora.rundir import Run
 from qlora.screen import GIB, Screen
@@ -129,17 +131,26 @@ class Bench:
         """Build the trainer of this case, let it take its step or evaluate, and compare."""
         if case.checkpointing and self.always_checkpointing:
             return self.unused(case, "it is on in every case")
+        if case.level and self.recipe.train.kernels == "off":
+            return self.unused(case, "train.kernels is off")
         layout, problem = self._layout(case)
         if problem:
             return self.unused(case, problem)
         with tempfile.TemporaryDirectory(prefix="qlora-selftest-") as folder:
-            trainer = self._trainer(case, layout, Run(Path(folder)))
-            began = time.perf_counter()
-            if case.evaluation:
-                loss, gradients = float(trainer.evaluate()["eval_loss"]), None
-            else:
-                loss, gradients = self._step(trainer)
-            seconds = time.perf_counter() - began
+            try:
+                modules = self._fused(case)
+            except NotFused as why:
+                return self.unused(case, str(why))
+            try:
+                trainer = self._trainer(case, layout, Run(Path(folder)))
+                began = time.perf_counter()
+                if case.evaluation:
+                    loss, gradients = float(trainer.evaluate()["eval_loss"]), None
+                else:
+                    loss, gradients = self._step(trainer)
+                seconds = time.perf_counter() - began
+            finally:
+                attached.detach(modules)
         if case is REFERENCE:
             assert gradients is not None
             self._loss, self._gradients = loss, gradients
@@ -197,7 +208,9 @@ class Bench:
             _variant(self.recipe, case),
             train={
                 "per_device_train_batch_size": rows,
-                "activation_checkpointing": case.checkpointing or self.always_checkpointing,
+                "activation_checkpointing": (
+                    case.checkpointing or self.always_checkpointing or case.level > 1
+                ),
             },
             data={"max_length": width},
             eval={"generate": 0},
@@ -210,12 +223,24 @@ class Bench:
             f"{self.card.free_bytes / GIB:.1f} GiB were free"
         )
 
+    def _fused(self, case: Case) -> list[nn.Module]:
+        """What is attached to the model for this case.
+
+        Raises:
+            NotFused: As :func:`qlora.kernels.attached.attach`.
+        """
+        if not case.level:
+            return []
+        levels = [case.level] * self.shape.layers
+        return attached.attach(self.model, self.card, levels=levels)
+
     def _trainer(self, case: Case, layout: Layout, run: Run) -> sft.RowTrainer:
         base = self.model.get_base_model()
+        fuses = case.level > 0 or self.recipe.quant.head == "8bit"
         adapter.checkpoint_layers(base, case.checkpointing or self.always_checkpointing)
         return sft.build(
             _variant(self.recipe, case), run, self.card, self.model, self.tok, self.prepared, layout,
-            observers=(), callbacks=(),
+            observers=(), callbacks=(), head=attached.head_of(self.model) if fuses else None,
         )  # fmt: skip
 
     def _step(self, trainer: sft.RowTrainer) -> tuple[float, dict[str, torch.Tensor]]:
@@ -315,6 +340,9 @@ def _variant(recipe: Recipe, case: Case) -> Recipe:
             "per_device_train_batch_size": case.sequences,
             "gradient_accumulation_steps": math.ceil(ROWS / case.sequences),
             "activation_checkpointing": False,  # switched between the cases
+            "kernels": "auto" if case.level else "off",
+            "levels": None,
+            "mlp_tile": None,
             "sft_config": recipe.train.sft_config | {"dataloader_drop_last": False},
         },
         data={"packing": recipe.data.packing if case.packed else False},

@@ -98,6 +98,8 @@ def train(
     for reason in fitted.reasons:
         screen.say("fit", reason)
     _require_host(plan, card)
+    if recipe.quant.head == "8bit" and not fused.applies(recipe, shape):
+        raise _unread_head(f"not for {shape.model_type!r} on the {card.name}")
 
     run, checkpoint = _claim(written, resume)
     try:
@@ -247,12 +249,16 @@ def _fused(
     )
     try:
         levels, tile = fused.levels_of(recipe, shape), recipe.train.mlp_tile
-        found = attached.fuse(model, card, levels, tile, asked)
+        tokens = min(recipe.train.per_device_train_batch_size * recipe.data.max_length, 8192)
+        found = attached.fuse(model, card, levels, tile, tokens, asked)
     except NotFused as why:
         facts["kernels"] = f"off: {why}"
         return None
     facts["kernels"] = str(found.proof)
     screen.say("kernels", f"on, proven on this model: {found.proof}")
+    if found.attention is not None:
+        facts["attention_race"] = found.attention
+        screen.say("attention", found.attention)
     return found
 
 
@@ -262,10 +268,7 @@ def _unfused(
     """Go on by the libraries' own layers, which need another plan; told, and refused if it does not fit."""
     screen.say("kernels", f"{facts['kernels']}; the libraries' own layers train")
     if written.quant.head == "8bit":
-        raise RecipeError(
-            "quant.head is 8bit, which the loss of qlora.kernels alone can read, and the kernels are "
-            f"{facts['kernels']}. Write quant.head=16bit."
-        )
+        raise _unread_head(facts["kernels"])
     train = written.train.model_copy(update={"kernels": "off", "levels": None, "mlp_tile": None})
     fitted = rehearsal.fit(written.model_copy(update={"train": train}), shape, card)
     for reason in fitted.reasons:
@@ -276,6 +279,13 @@ def _unfused(
         base.set_attn_implementation(facts["attention"])
     adapter.checkpoint_layers(base, fitted.recipe.train.activation_checkpointing)
     return fitted
+
+
+def _unread_head(kernels: str) -> RecipeError:
+    return RecipeError(
+        "quant.head is 8bit, which the loss of qlora.kernels alone can read, and the kernels are "
+        f"{kernels}. Write quant.head=16bit."
+    )
 
 
 def _require_host(plan: Plan, card: Card) -> None:

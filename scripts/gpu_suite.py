@@ -20,6 +20,7 @@ import json
 import math
 import os
 import shutil
+import subprocess
 import sys
 import tempfile
 import time
@@ -31,6 +32,7 @@ from typing import Any
 from unittest import mock
 
 import gpu_plan
+import gpu_step
 import measure
 from gpu_plan import free_memory
 from measure import ROOT
@@ -75,11 +77,13 @@ class Site:
         work: A folder that is removed afterwards.
         models: Where models of real shapes are made, or found again.
         small: Two-layer models instead of real shapes, for a rehearsal.
+        unsloth: An interpreter to look for Unsloth in.
     """
 
     work: Path
     models: Path
     small: bool = False
+    unsloth: str | None = None
 
 
 @dataclass(frozen=True)
@@ -620,6 +624,102 @@ def beside_plain(site: Site) -> dict[str, Any]:
     return found
 
 
+def kernels_on_card(site: Site) -> dict[str, Any]:
+    """The tests that need a card pass on it: operators in Triton, attention kernels, fused layers."""
+    marked = [
+        path
+        for path in sorted((ROOT / "tests").glob("test_*.py"))
+        if "mark.gpu" in path.read_text(encoding="utf-8") and path.name != "test_cuda.py"
+    ]
+    command = [
+        sys.executable, "-m", "pytest", "-m", "gpu", "-p", "no:cacheprovider", *map(str, marked),
+    ]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    said = (done.stdout + done.stderr).strip().splitlines()
+    failed = [line for line in said if line.startswith(("FAILED", "ERROR"))]
+    summary = said[-1] if said else "pytest said nothing"
+    found = {"files": [path.name for path in marked], "summary": summary, "failed": failed}
+    if done.returncode:
+        raise CheckFailed(f"{summary}: {'; '.join(failed[:3])}", found)
+    return found
+
+
+def step_beside(site: Site, model: str) -> dict[str, Any]:
+    """A training step side by side; each ratio beside the one that is wanted."""
+    if site.small:
+        few = ("ours, level 1", gpu_step.PLAIN, *gpu_step.TUNED)
+        found = gpu_step.compare(gpu_step.TINY, 64, rounds=1, warm=1, timed=1, only=few)
+    else:
+        found = gpu_step.compare(model, 2048, unsloth=site.unsloth)
+    found["verdicts"] = gpu_step.verdicts(found)
+    print(gpu_step.table_of(found))
+    print(measure.table(("beside", "wanted", "found", "verdict"), found["verdicts"]))
+    if found["wrong"]:
+        raise CheckFailed("; ".join(found["wrong"]), found)
+    missed = [
+        f"{side}: {ratio} of {wanted}"
+        for side, wanted, ratio, word in found["verdicts"]
+        if word == "MISSED"
+    ]
+    if missed and not site.small:  # what was measured is kept, better or worse than hoped
+        raise CheckFailed("; ".join(missed), found)
+    return found
+
+
+def operators(site: Site) -> dict[str, Any]:
+    """Each operator of the fused layers beside bitsandbytes', torch's, Liger's and TRL's, in turns."""
+    if site.small:
+        found = gpu_step.operators(gpu_step.TINY, 64, rounds=1, calls=1)
+    else:
+        found = gpu_step.operators("8b", 2048)
+    print(gpu_step.told_operators(found))
+    return found
+
+
+def packed_attention(site: Site) -> dict[str, Any]:
+    """Packed rows: FlashAttention and the efficient kernel by bounds, SDPA by a mask of T x T."""
+    if site.small:
+        found = gpu_step.attention(gpu_step.TINY, (64,), rounds=1, calls=1)
+    else:
+        found = gpu_step.attention("8b", (2048, 8192))
+    print(gpu_step.told_operators(found))
+    return found
+
+
+def longest_sequences(site: Site) -> dict[str, Any]:
+    """The longest row of an 8B at r 32 in 8, 12, 16 and 24 GB, beside the plan's and a published one."""
+    sizes = gpu_plan.CARDS[:1] if site.small else gpu_plan.CARDS
+    found = gpu_step.longest("8b", sizes, small=site.small)
+    headings = ("card", "planned", "ran", "Unsloth published")
+    rows = [
+        (c["card"], f"{c['planned_tokens']:,}", f"{c['tokens']:,}", f"{c['published_tokens']:,}")
+        for c in found["cells"]
+    ]
+    print(measure.table(headings, rows))
+    shorter = [c["card"] for c in found["cells"] if c["tokens"] < c["published_tokens"]]
+    if shorter and not site.small:
+        raise CheckFailed(f"shorter than published on {', '.join(shorter)}", found)
+    return found
+
+
+def large_on_small(site: Site) -> dict[str, Any]:
+    """A 14B trains on rows of 4,096 tokens in the memory of 12 GB."""
+    found = gpu_step.fits_on("14b", "12GB", 4096, small=site.small)
+    if not found["ran"]:
+        raise CheckFailed(f"it ran out of memory; the planner chose {found['chosen']}", found)
+    return found
+
+
+def _step(model: str) -> Check:
+    def run(site: Site) -> dict[str, Any]:
+        return step_beside(site, model)
+
+    run.__doc__ = (
+        f"A step of a {model.upper()} at 2,048 tokens beside plain and tuned TRL and Unsloth."
+    )
+    return Check(f"step:{model}", run, needs_card=False)
+
+
 def _on_card(name: str) -> Check:
     def run(site: Site) -> dict[str, Any]:
         return recipe_on_card(site, name)
@@ -642,6 +742,12 @@ CHECKS: tuple[Check, ...] = (
     Check("plan-verdicts", plan_verdicts, needs_card=False),
     *(_on_card(name) for name in HELD_TO_CARD),
     Check("beside-plain", beside_plain, needs_card=False),
+    Check("kernels", kernels_on_card, needs_card=False),
+    Check("operators", operators, needs_card=False),
+    Check("attention", packed_attention, needs_card=False),
+    *(_step(model) for model in ("1b", "3b", "8b")),
+    Check("longest:8b", longest_sequences, needs_card=False),
+    Check("14b-in-12gb", large_on_small, needs_card=False),
 )
 
 
@@ -681,12 +787,20 @@ def _telling(found: dict[str, Any]) -> str:
         return f"{peak:.2f} GiB allocated, predicted by that {ratio:.3f}, {speed:,.0f} tokens/s"
     if measured.get("fitted") is False:
         return "ran out of memory, as planned"
+    if "cells" in measured and "r" in measured:
+        return ", ".join(f"{c['card']}: {c['tokens']:,} tokens" for c in measured["cells"])
     if "cells" in measured:
         ratios = [
             c["planned_by_allocated"] for c in measured["cells"] if "planned_by_allocated" in c
         ]
         span = f", planned by allocated {min(ratios):.3f} to {max(ratios):.3f}" if ratios else ""
         return f"{len(measured['cells'])} steps{span}"
+    if "verdicts" in measured:
+        return ", ".join(f"{side}: {ratio}" for side, _, ratio, _ in measured["verdicts"])
+    if "operators" in measured:
+        return f"{len(measured['operators'])} beside the libraries' ways"
+    if "summary" in measured:
+        return str(measured["summary"])
     if "embedded" in measured:
         shown = {n: measure.summary(m["qlora_by_plain"]["steps"]) for n, m in measured.items()}
         return ", ".join(f"{n}: {s['median']:.3f} of plain's steps" for n, s in shown.items())
@@ -732,6 +846,7 @@ def parser() -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=ROOT / "tests" / "measurements", metavar="DIR")
     made.add_argument("--only", nargs="+", metavar="NAME", help="these checks alone")
     made.add_argument("--models", type=Path, metavar="DIR", help="keep the made models there")
+    made.add_argument("--unsloth", metavar="PYTHON", help="an interpreter that has Unsloth")
     made.add_argument("--commit", help="what to record as the commit, outside of git")
     made.add_argument("--list", action="store_true", help="name the checks and stop")
     made.add_argument(
@@ -760,7 +875,10 @@ def main() -> None:
     done = []
     with tempfile.TemporaryDirectory() as folder:
         site = Site(
-            Path(folder) / "work", arguments.models or Path(folder) / "models", arguments.rehearse
+            Path(folder) / "work",
+            arguments.models or Path(folder) / "models",
+            arguments.rehearse,
+            arguments.unsloth,
         )
         site.work.mkdir()
         for check in checks:

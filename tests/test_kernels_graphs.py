@@ -68,7 +68,7 @@ def test_dropout_gives_the_gradients_that_peft_gives_with_the_same_masks(
 ) -> None:
     model, names = dropping(kind), IN_ONE if kind == "phi3" else GATED
     found = []
-    for level in (1, 2, 5):
+    for level in (2, 5) if tile else (1, 2, 5):  # a layer that keeps gate and up has no blocks
         with fused(model, level, tile):
             found.append(seeded_gradients(model))
     torch.manual_seed(7)  # a seed is drawn for each layer, and a number for each adapter follows

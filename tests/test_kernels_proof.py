@@ -145,11 +145,11 @@ def test_a_proof_is_not_passed_by_a_layer_whose_attention_mixes_packed_rows(
 
 def test_what_fails_its_proof_is_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:
     model = family("llama")
-    made = fuse(model, CPU, [1] * LAYERS, None, ASKED)
+    made = fuse(model, CPU, [1] * LAYERS, None, 64, ASKED)
     assert made.attached and made.proof.compared and not is_bare(model)
     assert made.head is not None and made.head.width == model.config.vocab_size
     detach(made.attached)
     monkeypatch.setattr(ops, "rms_norm_backward", scaled(2))
     with pytest.raises(NotFused):
-        fuse(model, CPU, [1] * LAYERS, None, ASKED)
+        fuse(model, CPU, [1] * LAYERS, None, 64, ASKED)
     assert is_bare(model)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import adapter, fitting, offload, rehearsal, sft
 from qlora.cards import Card
 from qlora.errors import RecipeError
+from qlora.kernels.attached import attach, head_of
 from qlora.offload import InputsOnHost
 from qlora.recipe import recipe_from
 
@@ -52,13 +54,18 @@ def model_of() -> Any:
     return model_of
 
 
-def gradients(model: Any, recipe: Any) -> dict[str, torch.Tensor]:
+def gradients(
+    model: Any, recipe: Any, head: Any = None, forward: Any = None
+) -> dict[str, torch.Tensor]:
     inputs = rehearsal.batch(recipe, "sdpa")
     generator = torch.Generator().manual_seed(2)
     inputs["input_ids"] = torch.randint(0, 512, (1, 512), generator=generator)
     inputs["labels"] = inputs["input_ids"].clone()
-    sft.loss_of(model, inputs, 512, materialize=True).backward()
-    return {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    with forward or nullcontext():
+        loss = sft.loss_of(model, inputs, 512, materialize=head is None, head=head)
+    loss.backward()
+    found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+    return found | {"loss": loss.detach()}
 
 
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
@@ -104,6 +111,22 @@ def test_inputs_that_wait_on_the_host_change_no_bit_of_a_gradient(model_of: Any)
     assert {tuple(tensor.shape) for tensor in moved} == {(1, 512, 640)}
     assert LAYERS <= len(moved) <= LAYERS + 2
     assert {tensor.device.type for tensor in moved} == {"cpu"}
+
+
+@pytest.mark.parametrize(("kind", "tile"), [("llama", None), ("gemma2", 100)])
+def test_fused_layers_at_level_5_are_offloaded_without_changing_a_bit(
+    tile: int | None, kind: str, model_of: Any
+) -> None:
+    recipe = make(activation_checkpointing=True)
+    model, moved = model_of(recipe, kind), []
+    attach(model, CPU, levels=[5] * LAYERS, tile=tile)
+    head = head_of(model)
+    expected = gradients(model, recipe, head)
+    model.zero_grad(set_to_none=True)
+    found = gradients(model, recipe, head, InputsOnHost(moved.append))
+    assert same(expected, found) and len(found) == 1 + LAYERS * 7 * 2
+    # The inputs of all layers and of the last norm, and nothing else.
+    assert [tuple(tensor.shape) for tensor in moved] == [(1, 512, 640)] * (LAYERS + 1)
 
 
 def test_small_tensors_weights_and_masks_stay_where_they_are() -> None:
@@ -171,3 +194,34 @@ def test_a_traced_step_with_some_layers_recomputed_is_what_is_planned(value: boo
 
 def test_every_setting_that_may_be_chosen_is_one_of_train() -> None:
     assert set(fitting.CHOSEN) <= set(type(make().train).model_fields)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA card")
+@pytest.mark.parametrize("fuses", [False, True])
+def test_on_a_card_the_gradients_are_the_same_bits_and_the_peak_falls(
+    fuses: bool, model_of: Any
+) -> None:
+    card = Card("this card", "cuda", 2**36, 2**36, torch.cuda.get_device_capability())
+    recipe = make(activation_checkpointing=True)
+    model = model_of(recipe).cuda()
+    if fuses:
+        attach(model, card, levels=[5] * LAYERS)
+    ids = torch.randint(0, 512, (8, 512), generator=torch.Generator().manual_seed(2)).cuda()
+
+    def step() -> tuple[dict[str, torch.Tensor], int]:
+        model.zero_grad(set_to_none=True)
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        hidden = model.get_base_model().model(input_ids=ids, use_cache=False).last_hidden_state
+        hidden.float().square().mean().backward()
+        found = {n: p.grad.clone() for n, p in model.named_parameters() if p.requires_grad}
+        return found, torch.cuda.max_memory_allocated() - before
+
+    step()
+    expected, plain = step()
+    with InputsOnHost():
+        found, away = step()
+    assert same(expected, found)
+    width = 8 * 512 * 640 * 4
+    assert plain - away >= width  # of four inputs two or three wait with the host at the peak

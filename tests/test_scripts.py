@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 COMMANDS = (
     "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "bench_load",
-    "bench_plan", "gpu_suite",
+    "bench_plan", "bench_step", "bench_head", "bench_convergence", "gpu_suite",
 )  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
@@ -34,6 +34,12 @@ BAD_ARGUMENTS = {
     "bench_quickstart": [["--threads=0"], ["--max-gib=big"], ["lora.r"]],
     "bench_load": [["--pairs=0"], ["--base=no/such/folder"], ["--load=ours"], ["--load=theirs"]],
     "bench_plan": [["--only", "t5"], ["--again"]],
+    "bench_step": [
+        ["--trace", "--quickstart"], ["--model=70b"], ["--tokens=8"], ["--rounds=0"], ["--card-gb=-1"],
+        ["--quickstart", "--steps=1"],
+    ],
+    "bench_head": [["--steps=0"], ["--seeds=x"], ["extra"]],
+    "bench_convergence": [["--seeds=0", "1"], ["--seeds", "42"], ["--runs"]],
     "gpu_suite": [["--only", "bf61"], ["--unknown"]],
 }  # fmt: skip
 BAD = [(name, bad) for name, lists in BAD_ARGUMENTS.items() for bad in lists]

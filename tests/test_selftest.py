@@ -28,6 +28,7 @@ from qlora import (
 )
 from qlora.cards import Card
 from qlora.errors import DataError, DoesNotFit, SelfTestFailed
+from qlora.kernels import ops
 from qlora.shape import Shape
 
 ROWS = [
@@ -37,7 +38,10 @@ ROWS = [
     }
     for n in range(24)
 ]
-PACKED = ("packed", "packed, four a pass", "packed, activation checkpointing", "evaluation, packed")
+FUSED = ("fused layers", "fused layers, packed", "fused layers, packed, all again")
+PACKED = (
+    "packed", "packed, four a pass", "packed, activation checkpointing", "evaluation, packed", *FUSED[1:],
+)  # fmt: skip
 
 
 @pytest.fixture(autouse=True)
@@ -110,7 +114,7 @@ LEAKS = pytest.mark.parametrize("leak", [positions_go_on, all_may_be_seen])
 def test_every_layout_gives_the_same_loss_and_gradients(kind, recipe_for, tmp_path):
     report = examine(recipe_for(model__name=str(save_tiny(tmp_path / kind, kind))))
     found = by_name(report)
-    assert list(found) == [case.name for case in invariance.CASES] and len(found) == 9
+    assert list(found) == [case.name for case in invariance.CASES] and len(found) == 12
     assert not [finding for finding in report.findings if finding.unused]
     assert report.failed == [] and report.dtype == "float32" and report.verdict.startswith("held")
     report.require_invariance()
@@ -217,7 +221,7 @@ def test_the_command_prints_a_table_and_a_verdict(qlora):
     assert code == 0 and err.count("Traceback") == 0
     for case in invariance.CASES:
         assert case.name in out
-    assert "held: 8 ways to lay out 8 rows were tried against one row a pass" in out
+    assert "held: 11 ways to lay out 8 rows were tried against one row a pass" in out
 
 
 def test_as_json_nothing_else_is_printed(qlora):
@@ -242,6 +246,21 @@ def test_fewer_than_two_rows_cannot_be_compared(recipe_for):
         examine(recipe_for(ROWS[:1]))
 
 
+def test_what_the_kernels_do_not_know_or_may_not_do_is_left_out_and_said(recipe_for, tmp_path):
+    found = by_name(examine(recipe_for(train__kernels="off")))
+    assert {found[name].unused for name in FUSED} == {"train.kernels is off"}
+    stranger = str(save_tiny(tmp_path / "granite", "granite"))
+    found = by_name(examine(recipe_for(model__name=stranger)))
+    assert all("is of no family that the kernels were tested" in found[n].unused for n in FUSED)
+
+
+def test_a_fused_layer_that_is_wrong_is_noticed(recipe_for, monkeypatch):
+    right = ops.rms_norm_backward
+    monkeypatch.setattr(ops, "rms_norm_backward", lambda *a, **k: right(*a, **k) * 1.01)
+    failed = {finding.case.name for finding in examine(recipe_for()).failed}
+    assert failed == set(FUSED)
+
+
 def test_three_rows_are_enough_and_it_is_said(recipe_for):
     report = examine(recipe_for(ROWS[:3]))
     assert report.rows == 3 and report.failed == []
@@ -257,6 +276,7 @@ def test_a_case_that_does_not_fit_is_not_tried_and_the_recipe_itself_must(
         train__per_device_train_batch_size=1,
         train__gradient_accumulation_steps=2,
         train__activation_checkpointing=True,
+        train__kernels="off",
     )
     shape = Shape.from_config(loader.read_config(recipe).values)
     needed = memory.plan(recipe, shape, cpu).total_bytes
@@ -364,7 +384,7 @@ def test_the_lines_of_the_table_stand_under_each_other(qlora):
         for line, end in zip(table[:2], ["loss differs", "reference"], strict=True)
     }
     assert len(ends) == 1
-    assert lines[-1].startswith("verdict   held: 8 ways to lay out 8 rows were tried")
+    assert lines[-1].startswith("verdict   held: 11 ways to lay out 8 rows were tried")
     assert any(re.match(r"allowed   loss 2e-06, gradient 5e-06 in float32", line) for line in lines)
 
 

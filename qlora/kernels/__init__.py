@@ -4,8 +4,10 @@
     layer       one decoder layer as one autograd function, with levels of what is kept
     projection  a frozen linear with its adapter, forward and backward
     attention   causal attention with its two passes apart
+    contest     which attention kernel is the fastest on this card
     loss        linear cross entropy over a frozen head
-    ops         the elementwise operators: plain torch on a CPU, Triton on CUDA
+    head        a frozen head in 8 bits
+    ops         the elementwise operators: plain torch on a CPU, Triton on CUDA (triton_ops)
     attached    hangs the layers on a model's instances, and proves them there
 
 Evaluation, generation, saving and merging go the libraries' own way: the fused layer works only while a

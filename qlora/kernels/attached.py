@@ -20,12 +20,15 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from qlora import adapter
 from qlora.cards import Card
+from qlora.kernels import contest
 from qlora.kernels.attention import (
     CpuFlash,
     Differentiated,
     Kernel,
+    OnCuda,
     Scores,
     bounds_in,
+    candidates_on,
     in_options,
     kernel_on,
 )
@@ -108,7 +111,12 @@ class FusedNormForward:
 
 
 def attach(
-    model: Any, card: Card, *, levels: Sequence[int], tile: int | None = None
+    model: Any,
+    card: Card,
+    *,
+    levels: Sequence[int],
+    tile: int | None = None,
+    unmasked: Kernel | None = None,
 ) -> list[nn.Module]:
     """Hang a fused layer on every decoder layer of a model with an adapter.
 
@@ -117,6 +125,7 @@ def attach(
         card: Decides the attention's kernel.
         levels: Of each layer, first to last.
         tile: Rows of the MLP at a time; None for all.
+        unmasked: The card's kernel for packed rows; None for the likeliest.
 
     Returns:
         The decoder layers, and the norm after them.
@@ -127,7 +136,7 @@ def attach(
     base = model.get_base_model()
     found = require_known(base)
     hung = [
-        (layer, parts_of(layer, attention_of(layer, card), level, tile))
+        (layer, parts_of(layer, attention_of(layer, card, unmasked), level, tile))
         for layer, level in zip(found, levels, strict=True)
     ]
     last = last_norm(base)
@@ -148,15 +157,16 @@ def detach(modules: Sequence[nn.Module]) -> None:
         module.__dict__.pop("forward", None)
 
 
-def attention_of(layer: Any, card: Card) -> Kernel:
-    """How this layer's attention is computed on this card."""
+def attention_of(layer: Any, card: Card, unmasked: Kernel | None = None) -> Kernel:
+    """How this layer's attention is computed on this card; ``unmasked`` as in :func:`attach`."""
     attn = layer.self_attn
     name = attn.config._attn_implementation
     softcap = getattr(attn, "attn_logit_softcapping", None)
     if name in PLAIN_ATTENTION and softcap is None:
         if card.kind == "cpu":
             return CpuFlash()
-        return kernel_on(card.capability, attn.head_dim)
+        likeliest = kernel_on(card.capability, attn.head_dim)
+        return likeliest if unmasked is None else OnCuda(unmasked, likeliest.masked)
     eager = getattr(sys.modules[type(attn).__module__], "eager_attention_forward", None)
     function: Any = ALL_ATTENTION_FUNCTIONS.get_interface(name, eager)
     window = getattr(attn, "sliding_window", None)
@@ -188,15 +198,22 @@ class Fused:
         attached: Modules that have another ``forward``.
         head: Of the fused loss; None where rows of the head train.
         proof: How near they are to the libraries'.
+        attention: What a card's kernels for packed rows took, the fastest first; None on a CPU.
     """
 
     attached: list[nn.Module]
     head: Head | None
     proof: Proof
+    attention: str | None = None
 
 
 def fuse(
-    model: Any, card: Card, levels: Sequence[int], tile: int | None, asked: dict[str, Any]
+    model: Any,
+    card: Card,
+    levels: Sequence[int],
+    tile: int | None,
+    tokens: int,
+    asked: dict[str, Any],
 ) -> Fused:
     """Attach fused layers and prove them.
 
@@ -205,18 +222,42 @@ def fuse(
         card: Where it is.
         levels: Of each layer.
         tile: Rows of the MLP at a time; None for all.
+        tokens: Of a micro-batch, for which the fastest attention is looked for.
         asked: As :func:`prove`.
 
     Raises:
         NotFused: They cannot be attached or do not pass; the model is as it was.
     """
-    modules = attach(model, card, levels=levels, tile=tile)
+    unmasked, race = None, None
+    if card.kind == "cuda":
+        unmasked, race = race_on(model, card, tokens)
+    modules = attach(model, card, levels=levels, tile=tile, unmasked=unmasked)
     try:
         proof = prove(model, modules, asked)
     except NotFused:
         detach(modules)
         raise
-    return Fused(modules, head_of(model), proof)
+    return Fused(modules, head_of(model), proof, race)
+
+
+def race_on(model: Any, card: Card, tokens: int) -> tuple[Kernel, str]:
+    """The fastest of a card's kernels for packed rows of this model, and what each of them took.
+
+    Raises:
+        NotFused: None of them works, or the family is not known.
+    """
+    layer: Any = require_known(model.get_base_model())[0]
+    attn, dtype = layer.self_attn, layer.input_layernorm.weight.dtype
+    shapes = attn.config.num_attention_heads, attn.config.num_key_value_heads, attn.head_dim
+    candidates = candidates_on(card.capability, attn.head_dim)
+    if dtype == torch.float32:  # which FlashAttention does not know
+        candidates.pop("flash", None)
+    device = layer.input_layernorm.weight.device
+    try:
+        race = contest.fastest(candidates, shapes, tokens, dtype, device)
+    except RuntimeError as error:
+        raise NotFused(f"no attention kernel works here: {error}") from None
+    return race.winner, race.said
 
 
 def head_of(model: Any) -> Head | None:

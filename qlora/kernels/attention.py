@@ -312,11 +312,16 @@ class Differentiated:
         return dq, dk, dv
 
 
-def kernel_on(capability: tuple[int, int] | None, head_dim: int) -> OnCuda:
-    """The kernels for a card of this compute capability."""
+def candidates_on(capability: tuple[int, int] | None, head_dim: int) -> dict[str, Kernel]:
+    """The kernels without masks that a card of this compute capability has, the likeliest first."""
     recent = capability is not None and capability >= (8, 0)
-    unmasked: Kernel = Flash() if recent and head_dim <= 256 else Efficient()
-    return OnCuda(unmasked, Efficient())
+    flash: dict[str, Kernel] = {"flash": Flash()} if recent and head_dim <= 256 else {}
+    return flash | {"memory-efficient": Efficient()}
+
+
+def kernel_on(capability: tuple[int, int] | None, head_dim: int) -> OnCuda:
+    """The kernels for a card of this compute capability, untried."""
+    return OnCuda(next(iter(candidates_on(capability, head_dim).values())), Efficient())
 
 
 def bounds_in(options: dict[str, Any]) -> Bounds | None:

@@ -120,6 +120,8 @@ class _Work:
         self.cos, self.sin = (x.reshape(-1, x.shape[-1]) for x in rotary)
         self.seed = seed
         self.kept: dict[str, torch.Tensor] = {}
+        self.pieces: dict[str, list[torch.Tensor]] = {}  # of what is kept, block by block
+        self.tile = parts.tile if parts.tile and parts.level > 1 else self.batch * self.length
         self.gradients: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
         projections = parts.projections
         self.number = {id(p): i for i, p in enumerate(projections)}
@@ -153,7 +155,10 @@ class _Work:
             x, self.pairs[id(p)], self.seeded(p, block), inner=known, add=add, weight=weight
         )
         if inner is not None and whole is None:
-            self.kept[name] = inner
+            if rows == slice(None):
+                self.kept[name] = inner
+            else:
+                self.pieces.setdefault(name, []).append(inner)
         return y
 
     def pull(
@@ -180,17 +185,19 @@ class _Work:
         rows: slice = slice(None),
         block: int = 0,
     ) -> None:
-        """The gradients of a projection's adapter, added to those of earlier rows."""
+        """The gradients of a projection's adapter; in blocks of rows, summed in fp32."""
         if dinner is None:
             return
         number = self.number[id(p)]
         inner = self.kept[f"inner{number}"][rows]
         da, db = p.weight_gradients(x, dy, inner, dinner, self.seeded(p, block))
-        if number in self.gradients:
+        if rows == slice(None):
+            self.gradients[number] = da, db
+        elif number in self.gradients:
             self.gradients[number][0].add_(da)
             self.gradients[number][1].add_(db)
         else:
-            self.gradients[number] = da, db
+            self.gradients[number] = da.float(), db.float()
 
     # -- attention
 
@@ -269,7 +276,7 @@ class _Work:
         """The layer's output, gate and up if they are to be kept, and what ``down_proj`` gave."""
         parts = self.parts
         normed, _ = parts.norms[1].forward(middle)
-        if parts.tile is None or parts.tile >= len(middle):
+        if self.tile >= len(middle):
             wide = [self.project(p, normed) for p in parts.widening]
             del normed
             product = ops.gated(*_halves(wide), parts.activation)
@@ -288,21 +295,20 @@ class _Work:
         parts = self.parts
         mlp = (*parts.widening, parts.down)
         weights = {id(p): p.weight(middle.dtype) for p in mlp}
-        inner: dict[str, list[torch.Tensor]] = {}
         y = torch.empty_like(middle)
-        for block, rows in enumerate(_blocks(len(middle), parts.tile)):
-            part = _Block(self, inner)
+        for block, rows in enumerate(_blocks(len(middle), self.tile)):
             wide = [
-                part.project(p, normed[rows], weight=weights[id(p)], block=block)
+                self.project(p, normed[rows], weight=weights[id(p)], rows=rows, block=block)
                 for p in parts.widening
             ]
             product = ops.gated(*_halves(wide), parts.activation)
             add = middle[rows] if parts.post_norms is None else None
-            y[rows] = part.project(
-                parts.down, product, add=add, weight=weights[id(parts.down)], block=block
+            y[rows] = self.project(
+                parts.down, product, add=add, weight=weights[id(parts.down)], rows=rows, block=block
             )
             del wide, product
-        self.kept |= {name: torch.cat(pieces) for name, pieces in inner.items()}
+        self.kept |= {name: torch.cat(pieces) for name, pieces in self.pieces.items()}
+        self.pieces = {}
         return y
 
     def back_through_mlp(
@@ -314,14 +320,14 @@ class _Work:
         if parts.post_norms is not None:
             ddown = parts.post_norms[1].backward(dy, self.kept["down"], self.kept["rstd_post2"])
         normed, rstd = parts.norms[1].forward(middle)
-        tile = parts.tile if wide is None and parts.tile is not None else len(middle)
-        tiled = tile < len(middle)
+        tiled = wide is None and self.tile < len(middle)
         weights = (
             {id(p): p.weight(dy.dtype) for p in (*parts.widening, parts.down)} if tiled else {}
         )
         # Where memory is short, half of a matrix at a time is unpacked beside the widest tensors.
         pieces = 1 if wide is not None else 2
-        for block, rows in enumerate(_blocks(len(middle), tile)):
+        blocks = _blocks(len(middle), self.tile) if tiled else [slice(None)]
+        for block, rows in enumerate(blocks):
             x, d = normed[rows], ddown[rows]
             if wide is None:
                 part = [
@@ -360,28 +366,6 @@ class _Work:
         return parts.norms[1].backward(dnormed, middle, rstd, add=dy)
 
 
-class _Block:
-    """Projections of one block of rows, whose inner products are gathered beside those of the others."""
-
-    def __init__(self, work: _Work, inner: dict[str, list[torch.Tensor]]) -> None:
-        self.work, self.inner = work, inner
-
-    def project(
-        self,
-        p: Projection,
-        x: torch.Tensor,
-        *,
-        weight: torch.Tensor,
-        block: int,
-        add: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        work = self.work
-        y, inner = p.forward(x, work.pairs[id(p)], work.seeded(p, block), add=add, weight=weight)
-        if inner is not None:
-            self.inner.setdefault(f"inner{work.number[id(p)]}", []).append(inner)
-        return y
-
-
 def _cast(tensors: Sequence[torch.Tensor], dtypes: Sequence[torch.dtype]) -> list[torch.Tensor]:
     """Copies in other dtypes, in one launch: a layer has fourteen small matrices."""
     pairs = list(zip(tensors, dtypes, strict=True))
@@ -398,8 +382,7 @@ def _halves(wide: list[torch.Tensor]) -> tuple[torch.Tensor, torch.Tensor]:
     return first, second
 
 
-def _blocks(rows: int, size: int | None) -> list[slice]:
-    size = size or rows
+def _blocks(rows: int, size: int) -> list[slice]:
     return [slice(start, min(start + size, rows)) for start in range(0, rows, size)]
 
 
