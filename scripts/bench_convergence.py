@@ -82,9 +82,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main() -> None:
-    arguments = parser().parse_args()
+    made = parser()
+    arguments = made.parse_args()
     if len(set(arguments.seeds)) < 2:
-        raise SystemExit("--seeds: two seeds at least, or there is nothing to compare with")
+        made.error("--seeds: two seeds at least, or there is nothing to compare with")
     with contextlib.ExitStack() as stack:
         folder = arguments.runs or Path(stack.enter_context(tempfile.TemporaryDirectory()))
         runs = {

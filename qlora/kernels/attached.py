@@ -120,6 +120,8 @@ def attach(
 ) -> list[nn.Module]:
     """Hang a fused layer on every decoder layer of a model with an adapter.
 
+    Activation checkpointing by the libraries is switched off.
+
     Args:
         model: PEFT's model.
         card: Decides the attention's kernel.
@@ -140,6 +142,9 @@ def attach(
         for layer, level in zip(found, levels, strict=True)
     ]
     last = last_norm(base)
+    # What is computed again is a layer's own affair now; and the libraries' way would have the first layer
+    # compute a gradient of the embeddings that nobody wants.
+    adapter.checkpoint_layers(base, False)
     for layer, parts in hung:
         layer.forward = FusedForward(layer, parts)
     last.forward = FusedNormForward(last)

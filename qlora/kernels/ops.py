@@ -169,7 +169,8 @@ def _activated(gate: torch.Tensor, kind: str) -> torch.Tensor:
 
 
 def _gated(gate: torch.Tensor, up: torch.Tensor, kind: str) -> torch.Tensor:
-    return (_activated(gate.float(), kind) * up.float()).to(gate.dtype)
+    activated = _activated(gate.float(), kind)
+    return activated.mul_(up).to(gate.dtype)
 
 
 def _gated_backward_(
@@ -178,13 +179,13 @@ def _gated_backward_(
     g, u, d = gate.float(), up.float(), dproduct.float()
     activated = _activated(g, kind)
     if kind == SILU:
-        s = torch.sigmoid(g)
-        slope = s * (1 + g * (1 - s))
+        dgate = torch.ops.aten.silu_backward(d * u, g)
     else:
-        slope = torch.ops.aten.gelu_backward(torch.ones_like(g), g, approximate="tanh")
-    found = activated * u, d * u * slope, d * activated
-    for tensor, value in zip((dproduct, gate, up), found, strict=True):
-        tensor.copy_(value)
+        dgate = torch.ops.aten.gelu_backward(d * u, g, approximate="tanh")
+    dup = d * activated
+    dproduct.copy_(activated.mul_(u))
+    gate.copy_(dgate)
+    up.copy_(dup)
 
 
 _register("gated(Tensor gate, Tensor up, str kind) -> Tensor", _gated,
