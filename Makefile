@@ -2,9 +2,10 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+TRITON := .triton# beside .venv: what torch 2.13.0 wants of it on CUDA, and a CPU build is better without
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test check lint format types doctor table base tickets bench lock clean
+.PHONY: help setup dev quickstart test kernels check lint format types doctor table base tickets bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -18,6 +19,10 @@ quickstart: setup ## fine-tune the embedded base on the embedded data, before an
 
 test: dev ## the whole test suite (no network, no GPU needed)
 	$(BIN)/python -m pytest
+
+kernels: dev ## the Triton kernels without a card: interpreted, and compiled by triton's own ptxas
+	test -d $(TRITON) || $(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(TRITON) triton==3.7.1
+	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton_ops.py
 
 check: lint types test ## what must pass before a change lands: lint, format, types, tests
 
@@ -50,13 +55,17 @@ bench: setup ## the benchmarks that need no GPU
 	$(BIN)/python scripts/bench_train.py
 	$(BIN)/python scripts/bench_load.py
 	$(BIN)/python scripts/bench_plan.py
+	$(BIN)/python scripts/bench_step.py --trace
+	$(BIN)/python scripts/bench_step.py --quickstart
+	$(BIN)/python scripts/bench_head.py
+	$(BIN)/python scripts/bench_convergence.py
 	$(BIN)/python scripts/bench_quickstart.py
 
 lock: dev ## write the locks from what is installed in .venv
 	$(BIN)/python scripts/write_locks.py
 
 clean: ## remove .venv, caches and runs
-	rm -rf $(VENV) runs wandb .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(TRITON) runs wandb .pytest_cache .mypy_cache .ruff_cache
 
 $(VENV)/bin/python:
 	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install Python 3.11 or newer, or name one: make PYTHON=python3.12"; exit 2; }
