@@ -30,6 +30,7 @@ from typing import Any
 import bench_plan
 import gpu_plan
 import gpu_step
+import gpu_weights
 import measure
 
 GIB = 2**30
@@ -115,7 +116,7 @@ def traced(way: str, length: int, layers: int) -> Work:
     from qlora.tracing import KEPT as KEPT_BYTES
     from qlora.tracing import MemoryTracer
 
-    config = gpu_plan.config_of(gpu_step.MODELS["8b"])
+    config = gpu_plan.config_of(gpu_weights.MODELS["8b"])
     config.num_hidden_layers = layers
     recipe, card, mode = recipe_of(way, length, layers), cards.named_card(CARD), FakeTensorMode()
     fuses = way not in (PLAIN, KEPT)
@@ -180,7 +181,7 @@ def closed_form(way: str, length: int, layers: int) -> float:
     from qlora import speed
     from qlora.shape import Shape
 
-    shape = Shape.from_config(gpu_plan.config_of(gpu_step.MODELS["8b"]).to_dict())
+    shape = Shape.from_config(gpu_plan.config_of(gpu_weights.MODELS["8b"]).to_dict())
     return speed.flops_per_token(recipe_of(way, length, layers), shape) / 1e9
 
 
@@ -192,7 +193,7 @@ def every_trace(
     lengths: tuple[int, ...] = LENGTHS, *, extrapolate: bool = False, asked: list[str] | None = None
 ) -> list[dict[str, Any]]:
     """A row for each way and length, of all 32 layers; ``extrapolate``: from two and four of them."""
-    layers = gpu_plan.config_of(gpu_step.MODELS["8b"]).num_hidden_layers
+    layers = gpu_plan.config_of(gpu_weights.MODELS["8b"]).num_hidden_layers
     found = []
     for length in lengths:
         for way in asked or ways():
@@ -255,7 +256,7 @@ def told_trace(rows: list[dict[str, Any]], held: list[dict[str, Any]]) -> str:
         verdict = "kept" if f["kept"] else "MISSED"
         limits.append((f["what"], str(f["tokens"]), f"{f['most']:,}", f"{f['found']:,}", verdict))
     return (
-        f"Llama-3-8B, r {gpu_step.RANK}, one micro-batch forward and backward, without optimizer state\n"
+        f"Llama-3-8B, r {gpu_weights.RANK}, one micro-batch forward and backward, without optimizer state\n"
         + measure.table(headings, shown)
         + "\n\n"
         + measure.table(("figure", "tokens", "at most", "found", "verdict"), limits)
@@ -356,7 +357,9 @@ def told_quickstart(found: dict[str, Any]) -> str:
 
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="A training step beside the libraries' own.")
-    made.add_argument("--model", choices=[*list(gpu_step.MODELS)[:3], gpu_step.TINY], default="8b")
+    made.add_argument(
+        "--model", choices=[*list(gpu_weights.MODELS)[:3], gpu_weights.TINY], default="8b"
+    )
     made.add_argument("--tokens", type=measure.positive, default=2048, help="of a step")
     made.add_argument("--rounds", type=measure.positive, default=4, help="turns of each side")
     made.add_argument("--steps", type=measure.positive, help="timed steps of a turn")
@@ -384,8 +387,8 @@ def checked(arguments: argparse.Namespace) -> str | None:
         return "--card-gb: must be more than 0"
     if arguments.quickstart and arguments.steps is not None and arguments.steps < 2:
         return "--steps: at least 2, to have a time between two log lines"
-    if arguments.tokens < 2 * gpu_step.ROWS:
-        return f"--tokens: at least {2 * gpu_step.ROWS}, two for each row of a step"
+    if arguments.tokens < 2 * gpu_weights.ROWS:
+        return f"--tokens: at least {2 * gpu_weights.ROWS}, two for each row of a step"
     return None
 
 
@@ -403,7 +406,7 @@ def main() -> None:
         rows = every_trace(extrapolate=arguments.extrapolate)
         held = figures(rows)
         found: dict[str, Any] = {
-            "r": gpu_step.RANK,
+            "r": gpu_weights.RANK,
             "extrapolated": arguments.extrapolate,
             "ways": rows,
         }
@@ -417,7 +420,7 @@ def main() -> None:
     else:
         import torch
 
-        if not torch.cuda.is_available() and arguments.model != gpu_step.TINY:
+        if not torch.cuda.is_available() and arguments.model != gpu_weights.TINY:
             raise SystemExit(
                 "There is no CUDA card here. --model tiny, --trace and --quickstart run without."
             )

@@ -31,8 +31,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
+import gpu_longest
+import gpu_operators
 import gpu_plan
 import gpu_step
+import gpu_weights
 import measure
 from gpu_plan import free_memory
 from measure import ROOT
@@ -648,7 +651,7 @@ def step_beside(site: Site, model: str) -> dict[str, Any]:
     """A training step side by side; each ratio beside the one that is wanted."""
     if site.small:
         few = ("ours, level 1", gpu_step.PLAIN, *gpu_step.TUNED)
-        found = gpu_step.compare(gpu_step.TINY, 64, rounds=1, warm=1, timed=1, only=few)
+        found = gpu_step.compare(gpu_weights.TINY, 64, rounds=1, warm=1, timed=1, only=few)
     else:
         found = gpu_step.compare(model, 2048, unsloth=site.unsloth)
     found["verdicts"] = gpu_step.verdicts(found)
@@ -669,27 +672,27 @@ def step_beside(site: Site, model: str) -> dict[str, Any]:
 def operators(site: Site) -> dict[str, Any]:
     """Each operator of the fused layers beside bitsandbytes', torch's, Liger's and TRL's, in turns."""
     if site.small:
-        found = gpu_step.operators(gpu_step.TINY, 64, rounds=1, calls=1)
+        found = gpu_operators.operators(gpu_weights.TINY, 64, rounds=1, calls=1)
     else:
-        found = gpu_step.operators("8b", 2048)
-    print(gpu_step.told_operators(found))
+        found = gpu_operators.operators("8b", 2048)
+    print(gpu_operators.told_operators(found))
     return found
 
 
 def packed_attention(site: Site) -> dict[str, Any]:
     """Packed rows: FlashAttention and the efficient kernel by bounds, SDPA by a mask of T x T."""
     if site.small:
-        found = gpu_step.attention(gpu_step.TINY, (64,), rounds=1, calls=1)
+        found = gpu_operators.attention(gpu_weights.TINY, (64,), rounds=1, calls=1)
     else:
-        found = gpu_step.attention("8b", (2048, 8192))
-    print(gpu_step.told_operators(found))
+        found = gpu_operators.attention("8b", (2048, 8192))
+    print(gpu_operators.told_operators(found))
     return found
 
 
 def longest_sequences(site: Site) -> dict[str, Any]:
     """The longest row of an 8B at r 32 in 8, 12, 16 and 24 GB, beside the plan's and a published one."""
     sizes = gpu_plan.CARDS[:1] if site.small else gpu_plan.CARDS
-    found = gpu_step.longest("8b", sizes, small=site.small)
+    found = gpu_longest.longest("8b", sizes, small=site.small)
     headings = ("card", "planned", "ran", "Unsloth published")
     rows = [
         (c["card"], f"{c['planned_tokens']:,}", f"{c['tokens']:,}", f"{c['published_tokens']:,}")
@@ -704,7 +707,7 @@ def longest_sequences(site: Site) -> dict[str, Any]:
 
 def large_on_small(site: Site) -> dict[str, Any]:
     """A 14B trains on rows of 4,096 tokens in the memory of 12 GB."""
-    found = gpu_step.fits_on("14b", "12GB", 4096, small=site.small)
+    found = gpu_longest.fits_on("14b", "12GB", 4096, small=site.small)
     if not found["ran"]:
         raise CheckFailed(f"it ran out of memory; the planner chose {found['chosen']}", found)
     return found

@@ -27,6 +27,7 @@ def _script(name: str) -> ModuleType:
 
 
 bench, step = _script("bench_step"), _script("gpu_step")
+shapes, longest = _script("gpu_weights"), _script("gpu_longest")
 LEVELS = [f"level {n}" for n in bench.LEVELS]
 
 
@@ -112,13 +113,13 @@ def test_a_missed_figure_is_told_and_a_kept_one_too() -> None:
 
 
 def test_rows_are_like_real_ones_and_fill_each_step_to_the_token() -> None:
-    rows = step.rows_of(2048, 5, 500)
-    steps = [rows[i : i + step.ROWS] for i in range(0, len(rows), step.ROWS)]
+    rows = shapes.rows_of(2048, 5, 500)
+    steps = [rows[i : i + shapes.ROWS] for i in range(0, len(rows), shapes.ROWS)]
     assert [sum(map(len, one)) for one in steps] == [2048] * 5
-    assert max(map(len, rows)) <= step.LONGEST_ROW
-    assert 1 / 2.4 < step.useful(rows) < 1 / 1.5  # as padded batches of real data
-    assert rows == step.rows_of(2048, 5, 500) != step.rows_of(2048, 5, 500, seed=1)
-    assert sum(map(len, step.rows_of(32_768, 1, 500))) == 32_768
+    assert max(map(len, rows)) <= shapes.LONGEST_ROW
+    assert 1 / 2.4 < shapes.useful(rows) < 1 / 1.5  # as padded batches of real data
+    assert rows == shapes.rows_of(2048, 5, 500) != shapes.rows_of(2048, 5, 500, seed=1)
+    assert sum(map(len, shapes.rows_of(32_768, 1, 500))) == 32_768
 
 
 def test_a_base_of_packed_weights_computes_what_they_stand_for() -> None:
@@ -126,8 +127,8 @@ def test_a_base_of_packed_weights_computes_what_they_stand_for() -> None:
 
     from qlora.bnb import bnb
 
-    config = step.config_of(step.TINY)
-    weights = step.Weights(config, torch.device("cpu"), torch.float32)
+    config = shapes.config_of(shapes.TINY)
+    weights = shapes.Weights(config, torch.device("cpu"), torch.float32)
     base = weights.base(step.recipe_of(SimpleNamespace(tokens=64)), "sdpa").eval()
     assert not any(tensor.is_meta for tensor in (*base.parameters(), *base.buffers()))
     from transformers import AutoModelForCausalLM
@@ -147,8 +148,8 @@ def test_saved_weights_are_read_back_as_they_were_before_they_were_quantized(
 ) -> None:
     from transformers import AutoModelForCausalLM
 
-    tied = _script("gpu_plan").config_of(step.MODELS["1b"], small=True)
-    weights = step.Weights(tied, torch.device("cpu"), torch.float32)
+    tied = _script("gpu_plan").config_of(shapes.MODELS["1b"], small=True)
+    weights = shapes.Weights(tied, torch.device("cpu"), torch.float32)
     weights.save(tmp_path)
     read = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     for name, parameter in read.named_parameters():
@@ -180,7 +181,7 @@ def test_a_side_that_breaks_is_wrong_and_one_that_is_left_out_is_not(
 
     made = {step.PLANNED: breaks, step.PLAIN: is_out_of_memory}
     monkeypatch.setattr(step, "sides", lambda work: made)
-    found = step.compare(step.TINY, 64, rounds=1)
+    found = step.compare(shapes.TINY, 64, rounds=1)
     assert found["wrong"] == [f"{step.PLANNED}: KeyError: 'levels'"]
     assert found["sides"][step.PLAIN] == {"why": "does not fit"}
     assert "does not fit" in step.table_of(found)
@@ -215,13 +216,13 @@ def test_the_longest_length_is_found_from_below_and_from_above(limit: int, start
         tried.append(length)
         return length <= limit
 
-    found = step.longest_that_runs(runs, start)
+    found = longest.longest_that_runs(runs, start)
     assert found % 64 == 0 and found <= limit
     assert limit - found < max(128, 0.03 * limit)
     assert len(tried) == len(set(tried))
 
 
-@pytest.mark.parametrize("script", ["gpu_step"])
+@pytest.mark.parametrize("script", ["gpu_step", "gpu_weights", "gpu_longest"])
 def test_the_examples_in_it_are_true(script: str) -> None:
     import doctest
 
