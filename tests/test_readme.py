@@ -126,3 +126,15 @@ def test_the_longest_sequences_are_those_that_are_planned():
                 siblings.positions(name),
             )
             assert cell == (f"{longest:,}" if longest else "-"), (name, text)
+
+
+def test_the_table_of_steps_is_the_traced_one():
+    traced = json.loads((REPOSITORY / "tests/measurements/step-trace.json").read_text())["ways"]
+    ways = {way["way"]: way for way in traced if way["tokens"] == 2048}
+    rows = re.search(r"<!-- trace -->\n(.*?)<!-- end -->", README, re.S)[1].splitlines()[2:]
+    shown = [[cell.strip() for cell in row.strip("|").split("|")][1:] for row in rows]
+    asked = ("TRL bf16, recomputed", "TRL bf16, kept", "level 1", "level 5")
+    assert shown == [
+        [f"{w['gflops']:.1f}", f"{w['launches']:,}", f"{w['kept']:,}", f"{w['gib']:.2f}"]
+        for w in (ways[name] for name in asked)
+    ]
