@@ -140,10 +140,15 @@ def plain_lora(module: nn.Module) -> tuple[nn.Module, LoraLayer | None, str, str
 def count(model: nn.Module) -> Counts:
     """Trainable and total parameters; tied weights count once, packed weights as what they stand for."""
     parameters = list(model.parameters())
-    head = sum(b.numel() for b in model.buffers() if b.dtype == torch.int8)  # a head in 8 bits
+    # An 8-bit head and a table with the host are buffers; the others hold no weights.
+    tables = sum(
+        m.weight.numel()
+        for m in model.modules()
+        if isinstance(m._buffers.get("weight"), torch.Tensor)
+    )
     return Counts(
         trainable=sum(p.numel() for p in parameters if p.requires_grad),
-        total=sum(nf4.unpacked_numel(p) for p in parameters) + head,
+        total=sum(nf4.unpacked_numel(p) for p in parameters) + tables,
     )
 
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from qlora import fused, memory
 from qlora.cards import GIB, Card, optimizer
-from qlora.errors import CheckpointError
+from qlora.errors import CheckpointError, DoesNotFit
 from qlora.memory import Plan
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -23,7 +23,7 @@ from qlora.speed import checkpointed_layers, cost_per_token, flops_per_token
 MARGIN = 0.03  # of the free bytes: how far the quick plan may be off (scripts/bench_plan.py)
 CHOSEN = (
     "per_device_train_batch_size", "gradient_accumulation_steps", "activation_checkpointing",
-    "levels", "mlp_tile", "activation_offload", "embedding_offload", "optim",
+    "kernels", "levels", "mlp_tile", "activation_offload", "embedding_offload", "optim",
 )  # fmt: skip
 # transformers' names (5.23) of one optimizer, unpaged and paged.
 _FROM_PAGED = {
@@ -63,13 +63,18 @@ def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
 
     Raises:
         DoesNotFit: Nothing that may be chosen fits; says what would have to change.
+        RecipeError: A setting is about fused layers, and the family is not known to them.
         HardwareError: As :func:`qlora.memory.plan`.
         ModelError: As :func:`qlora.memory.plan`.
     """
     recipe = fused.on_card(recipe, card)
+    fused.require(recipe, shape)
     if recipe.train.fit == "as_written":
         plan = memory.plan(recipe, shape, card)
-        memory.require_fit(plan)
+        try:
+            memory.require_fit(plan)
+        except DoesNotFit as error:
+            raise DoesNotFit(f"{error}{_by_auto(recipe, shape, card)}") from None
         return Fitted(recipe, plan, ())
     for margin in (MARGIN, 0.0):  # a tight fit is better than none
         room = replace(card, free_bytes=int(card.free_bytes * (1 - margin)))
@@ -84,6 +89,14 @@ def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
             return Fitted(chosen, plan, _reasons(recipe, chosen, shape, plan))
     memory.require_fit(memory.plan(most_frugal(recipe, shape, card), shape, card))
     raise AssertionError("the most frugal settings fit and were not found")
+
+
+def _by_auto(recipe: Recipe, shape: Shape, card: Card) -> str:
+    """What to add for somebody whose recipe does not fit as it is written, where ``auto`` would."""
+    chosen = most_frugal(_with(recipe, fit="auto"), shape, card)
+    if not shape.known or not memory.predict(chosen, shape, card).fits:
+        return ""
+    return "\nOr write train.fit: auto, which finds settings that fit."
 
 
 def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> Fitted:
@@ -109,6 +122,7 @@ def again(recipe: Recipe, shape: Shape, card: Card, stored: dict[str, Any]) -> F
             "plan.json does not say which settings train.fit: auto chose for this run. Start it again."
         ) from None
     chosen = _with(recipe, **values)
+    fused.require(chosen, shape)
     plan = memory.plan(chosen, shape, card)
     memory.require_fit(plan)
     return Fitted(chosen, plan, ("as at the first start of this run",))

@@ -11,7 +11,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from qlora.cards import Card
-from qlora.errors import RecipeError
+from qlora.errors import ModelError, RecipeError
 from qlora.layer import FUSED_MLP, FUSED_QKV, Layer
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -47,6 +47,36 @@ def on_card(recipe: Recipe, card: Card) -> Recipe:
         return recipe
     train = recipe.train.model_copy(update={"kernels": "off", "levels": None, "mlp_tile": None})
     return recipe.model_copy(update={"train": train})
+
+
+def require(recipe: Recipe, shape: Shape) -> None:
+    """Refuse settings that this model has no use for, as far as its config.json shows.
+
+    Raises:
+        RecipeError: They are of fused layers, and its family is not known to them.
+        ModelError: They are about a head or an embedding of its own, and it has one matrix for both.
+    """
+    asked = {
+        "train.levels": recipe.train.levels is not None,
+        "train.mlp_tile": recipe.train.mlp_tile is not None,
+        "quant.head: 8bit": recipe.quant.head == "8bit",
+    }
+    if not applies(recipe, shape):
+        unknown = f"do not know this model's family ({shape.model_type!r})"
+        why = unknown if recipe.train.kernels == "auto" else "are off here"
+        for setting in (name for name, wanted in asked.items() if wanted):
+            raise RecipeError(
+                f"{setting} is about qlora.kernels, which {why}. Leave that setting out."
+            )
+    asked = {
+        "quant.head: 8bit": recipe.quant.head == "8bit",
+        "train.embedding_offload: true": recipe.train.embedding_offload,
+    }
+    for setting in (name for name, wanted in asked.items() if wanted and shape.tied):
+        raise ModelError(
+            f"{setting} needs a model whose head is a matrix of its own, and in this one it is the "
+            "embedding. Leave that setting out."
+        )
 
 
 def levels_of(recipe: Recipe, shape: Shape) -> tuple[int, ...]:
@@ -97,11 +127,13 @@ class FusedLayer(Layer):
 
     Attributes:
         tile: Rows of the MLP at a time where gate and up are made again; 0 for all.
-        shares_heads: Whether attention's kernel shares key heads without a copy.
+        shares_heads: Whether attention's kernel shares key heads without a copy: flash on a card.
+        sequences: Rows that a card's kernel is told the bounds of; 0 where it is not a card's.
     """
 
     tile: int = 0
     shares_heads: bool = True
+    sequences: int = 0
 
     def keeps(self, level: int) -> int:
         """Bytes kept for the backward pass at a level."""
@@ -157,8 +189,9 @@ class FusedLayer(Layer):
             mlp = max(moments)
         gathered = e * (h + q + q + 2 * kv)  # dmiddle, do, and the gradients of q, k and v
         gathered += 0 if self.shares_heads or q == kv else e * 4 * q
+        buffers = self._buffers
         square = self._softmax if self.scores else self.square * e if self.masked else 0
-        return max(mlp, n * (standing + gathered) + square) + self._copies
+        return max(mlp, n * (standing + gathered) + square + buffers) + self._copies
 
     def passing_at(self, level: int) -> int:
         """Bytes at the highest point of a layer's forward pass, beside what it and others keep."""
@@ -197,6 +230,19 @@ class FusedLayer(Layer):
     @property
     def _gemma(self) -> bool:
         return self.shape.norms == 4
+
+    @property
+    def _buffers(self) -> int:
+        """What a card's attention allocates inside; see :func:`qlora.tracing.inside_attention`."""
+        heads, dim = self.shape.heads, self.shape.head_dim
+        if not self.sequences:
+            return 0
+        sums = 4 * self.tokens * heads
+        if not self.shares_heads:
+            return sums + 4 * self.tokens * self._q
+        wide = heads * -(-dim // 32) * 32
+        expanded = 2 * self.element * self.tokens * self._q if self._kv < self._q else 0
+        return sums + 4 * (self.tokens + 128 * self.sequences) * wide + expanded
 
     @property
     def _softmax(self) -> int:

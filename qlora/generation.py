@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig, TextStreamer
 
-from qlora import offload, tokenizer
+from qlora import tokenizer
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def answer_all(
     answers: dict[int, Answer] = {}
     config = sampling.config(model, tok)
     was_training = model.training
-    device = offload.device_of(model)
+    device = model.device
     model.eval()
     try:
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
@@ -82,7 +82,7 @@ def stream(
 ) -> Answer:
     """Generate one answer and call ``say`` with each piece of text as soon as it is certain."""
     config = sampling.config(model, tok)
-    ids = torch.tensor([list(prompt)], device=offload.device_of(model))
+    ids = torch.tensor([list(prompt)], device=model.device)
     with torch.inference_mode():
         output = model.generate(
             input_ids=ids,

@@ -178,7 +178,8 @@ def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int,
 def _answering_bytes(recipe: Recipe, shape: Shape, card: Card, element: int) -> int:
     """Bytes that ``eval.generate`` needs: keys and values of a batch, while it reads its questions.
 
-    The held-out loss is not counted: it takes as many rows as a training pass and keeps less.
+    The held-out loss is not counted: it takes as many rows as a training pass, in tiles if that does, and
+    keeps less.
     """
     scores = shape.heads if layer_of(recipe, shape, card, element).scores else 0
     rows, length = min(recipe.eval.batch_size, recipe.eval.generate), recipe.data.max_length

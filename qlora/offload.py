@@ -117,19 +117,17 @@ class EmbeddingOnHost:
 def leave_embedding_with_host(base: Any) -> None:
     """Keep a base's embedding table in the host's memory, wherever the rest of the base goes.
 
-    Its ``state_dict`` and names stay what they were. A table that the head shares cannot be spared.
+    Its ``state_dict`` and names stay what they were. A table that the head shares cannot be spared. It
+    becomes a buffer: libraries take the device of a model's first parameter for the model's own.
     """
     module = base.get_input_embeddings()
     assert module.weight is not base.get_output_embeddings().weight, "the head needs the table"
     if not module.weight.is_meta:  # a plan's model has no contents to move
         module.to("cpu")
+    table = module._parameters.pop("weight")
+    module.register_buffer("weight", table.detach())
     module.forward = EmbeddingOnHost(module)
     module._apply = lambda fn, recurse=True: module  # a later .to(device) of the model passes it by
-
-
-def device_of(model: nn.Module) -> torch.device:
-    """Where a model computes. Its first parameter, which libraries ask for that, may lie with the host."""
-    return next(reversed(list(model.parameters()))).device
 
 
 def _is_hidden_state(tensor: torch.Tensor) -> bool:

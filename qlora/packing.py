@@ -20,7 +20,6 @@ import torch
 from qlora.attention import BOUNDED
 from qlora.errors import ModelError
 from qlora.kernels.attention import Bounds, in_options
-from qlora.offload import device_of
 from qlora.rendering import IGNORED
 from qlora.settings import Recipe
 
@@ -275,7 +274,7 @@ def prove(model: Any, rows: Sequence[Sequence[int]], attention: str = "sdpa") ->
     one's tokens do, and must be those of the rows alone, up to the order of a kernel's sums. Mode and
     random state of the model are left as they were.
     """
-    device = device_of(model)
+    device = next(model.parameters()).device
     first, *others = [list(row)[:64] for row in rows[:3]]
     changed = [*first[:1], *reversed(first[1:])]
     if changed == first:

@@ -123,17 +123,16 @@ def unmasked_attention() -> str:
 def frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(category of a plan, tensor) of everything that the base holds, scales and codes included."""
     table = model.get_base_model().get_input_embeddings()
+    away = isinstance(table.__dict__.get("forward"), EmbeddingOnHost)
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
-        if isinstance(table.__dict__.get("forward"), EmbeddingOnHost) and parameter is table.weight:
-            yield HOST, parameter
-        elif state is not None:
+        if state is not None:
             yield "base_nf4", parameter
             yield from (("scales", tensor) for tensor in _state_tensors(state))
         elif not parameter.requires_grad:
             yield "unquantized", parameter
     for buffer in model.buffers():
-        yield "unquantized", buffer
+        yield HOST if away and buffer is table.weight else "unquantized", buffer
 
 
 def _quantize(base: Any, double_quant: bool, dtype: torch.dtype) -> None:

@@ -187,6 +187,7 @@ def fit(recipe: Recipe, shape: Shape, card: Card) -> Fitted:
     """
     if shape.known or card.kind == "cpu":
         return fitting.fit(recipe, shape, card)
+    fused.require(recipe, shape)
     plan = memory.plan(recipe, shape, card)
     traced = exact(recipe, card, plan)
     notes = tuple(note for note in plan.notes if "counted as if" not in note)

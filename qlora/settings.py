@@ -24,6 +24,17 @@ def _as_sources(value: object) -> object:
     return (value,) if isinstance(value, str | dict | BaseModel) else _as_tuple(value)
 
 
+def _as_levels(value: object) -> object:
+    counts = _as_tuple(value)
+    whole = isinstance(counts, tuple) and all(type(n) is int and n >= 0 for n in counts)
+    if counts is not None and not (whole and len(counts) == 5):  # type: ignore[arg-type]
+        raise ValueError(
+            f"train.levels is {value!r}, but it must be five counts, one a level, that add up to the "
+            "model's layers, such as [32, 0, 0, 0, 0]"
+        )
+    return counts
+
+
 NotNegative = Annotated[int, Field(ge=0)]
 Strings = Annotated[tuple[str, ...], BeforeValidator(_as_tuple)]
 Format = Literal["auto", "messages", "prompt_completion", "alpaca", "sharegpt", "text"]
@@ -253,7 +264,7 @@ class Train(_Section):
     )
     levels: Annotated[
         tuple[NotNegative, NotNegative, NotNegative, NotNegative, NotNegative] | None,
-        BeforeValidator(_as_tuple),
+        BeforeValidator(_as_levels),
     ] = Field(
         None,
         description="With kernels, how many layers keep what for the backward pass: five counts that add "
@@ -426,6 +437,12 @@ class Recipe(_Section):
             raise ValueError(
                 f"quant.head is 8bit, which the loss of qlora.kernels alone can read, and {other} does "
                 "without it. Write quant.head: 16bit"
+            )
+        other_loss = {"loss_type", "label_smoothing_factor"} & self.train.sft_config.keys()
+        if self.quant.head == "8bit" and other_loss:
+            raise ValueError(
+                f"quant.head is 8bit, which the loss of qlora.kernels alone can read, and "
+                f"train.sft_config.{min(other_loss)} asks for another loss. Write quant.head: 16bit"
             )
         return self
 

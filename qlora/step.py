@@ -185,6 +185,8 @@ def fused_layer_of(recipe: Recipe, shape: Shape, card: Card, element: int) -> Fu
         masked=not bounded,
         scores=plain.scores,
         shares_heads=recent and element == 2 and bounded,
+        sequences=recipe.train.per_device_train_batch_size
+        * (card.kind == "cuda" and not plain.scores),
         tile=recipe.train.mlp_tile or 0,
     )
 

@@ -19,6 +19,27 @@ from torch.utils._pytree import tree_leaves
 
 KEPT, WORKING = "activations", "working_set"
 HOST = "host"  # a category that is counted, but not on the card
+ATTENTION_BACKWARD = ("_flash_attention_backward", "efficient_attention_backward")
+
+
+def inside_attention(
+    name: str, q: torch.Tensor, k: torch.Tensor, offsets: torch.Tensor | None
+) -> int:
+    """Bytes that a card's attention allocates in its backward pass beside the three gradients.
+
+    Both kernels sum the gradient of the queries in fp32 and keep a number for each score's row; flash, in
+    addition, makes the gradients of shared key heads for every query head first (torch 2.13,
+    ``flash_api.cpp`` and ``kernel_backward.h``).
+    """
+    heads, dim = q.shape[-2:]
+    tokens = q.numel() // (heads * dim)
+    sums = 4 * tokens * heads
+    if name == "efficient_attention_backward":
+        return sums + 4 * q.numel()
+    rows = q.shape[0] if offsets is None else offsets.numel() - 1
+    wide = -(-dim // 32) * 32
+    expanded = 2 * q.nbytes if k.shape[-2] < heads else 0
+    return sums + 4 * (tokens + 128 * rows) * heads * wide + expanded
 
 
 class MemoryTracer(TorchDispatchMode):
@@ -86,6 +107,9 @@ class MemoryTracer(TorchDispatchMode):
             scales = 4 * weights // args[4] * (self._scale_copies if args[3] is not None else 0)
             inside = weights * args[0].element_size() + scales
             self._reached(inside + out.untyped_storage().nbytes(), str(func))
+        if (name := func._opname if hasattr(func, "_opname") else "") in ATTENTION_BACKWARD:
+            made = sum(leaf.nbytes for leaf in tree_leaves(out) if isinstance(leaf, torch.Tensor))
+            self._reached(made + inside_attention(name, args[1], args[2], args[6]), str(func))
         for leaf in tree_leaves(out):
             if isinstance(leaf, torch.Tensor):
                 self._count(leaf.untyped_storage(), self._category)

@@ -98,8 +98,6 @@ def train(
     for reason in fitted.reasons:
         screen.say("fit", reason)
     _require_host(plan, card)
-    if recipe.quant.head == "8bit" and not fused.applies(recipe, shape):
-        raise _unread_head(f"not for {shape.model_type!r} on the {card.name}")
 
     run, checkpoint = _claim(written, resume)
     try:
@@ -121,7 +119,7 @@ def train(
         screen.say("adapter", str(counts))
         kernels = _fused(model, recipe, shape, card, prepared, base.facts, screen)
         if kernels is None and fused.applies(recipe, shape):
-            fitted = _unfused(model, written, shape, card, base.facts, screen)
+            fitted = _unfused(model, recipe, written, shape, card, base.facts, screen)
             recipe, plan = fitted.recipe, fitted.plan
         _record(run, written, fitted, card, prepared, base.facts)
         layout, note = packing.choose(
@@ -242,7 +240,8 @@ def _fused(
     facts["kernels"] = "off"
     if not fused.applies(recipe, shape):
         if recipe.train.kernels == "auto":
-            screen.say("kernels", f"off: {shape.model_type!r} is no family that they know")
+            facts["kernels"] = f"off: {shape.model_type!r} is no family that they know"
+        screen.say("kernels", facts["kernels"])
         return None
     asked = packing.sample(
         prepared.train[:3]["input_ids"], facts["attention"], hardware.device(card)
@@ -256,6 +255,7 @@ def _fused(
         return None
     facts["kernels"] = str(found.proof)
     screen.say("kernels", f"on, proven on this model: {found.proof}")
+    screen.say("layers", fused.in_words(recipe, shape))
     if found.attention is not None:
         facts["attention_race"] = found.attention
         screen.say("attention", found.attention)
@@ -263,17 +263,40 @@ def _fused(
 
 
 def _unfused(
-    model: Any, written: Recipe, shape: Shape, card: Card, facts: dict[str, Any], screen: Screen
+    model: Any,
+    loaded: Recipe,
+    written: Recipe,
+    shape: Shape,
+    card: Card,
+    facts: dict[str, Any],
+    screen: Screen,
 ) -> Fitted:
-    """Go on by the libraries' own layers, which need another plan; told, and refused if it does not fit."""
+    """Go on by the libraries' own layers, which need another plan; told, and refused if it does not fit.
+
+    Args:
+        model: With the base as it was loaded for fused layers.
+        loaded: The recipe that it was loaded for.
+        written: The recipe before anything was chosen.
+    """
     screen.say("kernels", f"{facts['kernels']}; the libraries' own layers train")
     if written.quant.head == "8bit":
-        raise _unread_head(facts["kernels"])
+        raise RecipeError(
+            "quant.head is 8bit, which the loss of qlora.kernels alone can read, and the kernels are "
+            f"{facts['kernels']}. Write quant.head=16bit."
+        )
     train = written.train.model_copy(update={"kernels": "off", "levels": None, "mlp_tile": None})
     fitted = rehearsal.fit(written.model_copy(update={"train": train}), shape, card)
     for reason in fitted.reasons:
         screen.say("fit", reason)
     base = model.get_base_model()
+    if fitted.recipe.train.embedding_offload and not loaded.train.embedding_offload:
+        loader.spare_tables(base, fitted.recipe)
+    elif loaded.train.embedding_offload:  # the table stays where it is, and the plan says so
+        train = fitted.recipe.train.model_copy(update={"embedding_offload": True})
+        with_host = fitted.recipe.model_copy(update={"train": train})
+        plan = memory.plan(with_host, shape, card)
+        fitted = dataclasses.replace(fitted, recipe=with_host, plan=plan)
+    _require_host(fitted.plan, card)
     if facts["attention"] == BOUNDED:
         facts["attention"] = sdpa_on(card)
         base.set_attn_implementation(facts["attention"])
@@ -281,21 +304,14 @@ def _unfused(
     return fitted
 
 
-def _unread_head(kernels: str) -> RecipeError:
-    return RecipeError(
-        "quant.head is 8bit, which the loss of qlora.kernels alone can read, and the kernels are "
-        f"{kernels}. Write quant.head=16bit."
-    )
-
-
 def _require_host(plan: Plan, card: Card) -> None:
     """Refuse an offload that the host has no room for: pinned memory cannot be swapped out."""
     available = hardware.ram_bytes()[1]
     if card.kind == "cuda" and plan.host_bytes > available:
         raise DoesNotFit(
-            f"train.activation_offload keeps {plan.host_bytes / GIB:.1f} GiB in the host's memory "
-            f"(predicted), of which {available / GIB:.1f} GiB are available. Lower data.max_length or "
-            "train.per_device_train_batch_size, or write train.activation_offload: false."
+            f"train.activation_offload and train.embedding_offload keep {plan.host_bytes / GIB:.1f} GiB in "
+            f"the host's memory (predicted), of which {available / GIB:.1f} GiB are available. Lower "
+            "data.max_length or train.per_device_train_batch_size, or write false for one of them."
         )
 
 

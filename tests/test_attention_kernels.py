@@ -167,12 +167,17 @@ class Calls(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.made: list[tuple[str, tuple[Any, ...]]] = []
-        self.windows: list[int] = []  # positions to the left of a token, as FlashAttention counts
+        self.windows: list[int | None] = []  # as each kernel counts them
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.made.append((func._opname.removeprefix("_"), args))
-        if kwargs and "window_size_left" in kwargs:
-            self.windows.append(kwargs["window_size_left"])
+        named = kwargs or {}
+        if "window_size_left" in named:  # positions to the left of a token
+            self.windows.append(named["window_size_left"])
+        elif "efficient_attention" in func._opname:
+            self.windows.append(
+                args[13] if "backward" in func._opname else named.get("window_size")
+            )
         return func(*args, **(kwargs or {}))
 
     def of(self, part: str) -> list[tuple[str, tuple[Any, ...]]]:
@@ -232,24 +237,11 @@ def test_the_efficient_kernel_takes_a_mask_laid_out_as_it_wants_it(dtype: torch.
 
 
 @pytest.mark.parametrize("bounds", [None, BOUNDS])
-def test_a_window_becomes_a_mask_where_the_kernel_has_none(
-    bounds: Bounds | None, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    seen = []
-
-    def spy(*args: Any, **_: Any) -> Any:
-        seen.append(args[3])
-        raise StopIteration
-
-    monkeypatch.setattr(torch.ops.aten, "_efficient_attention_forward", spy)
-    for window in (9, 17, 18, T):
-        with pytest.raises(StopIteration):
-            Efficient().forward(*heads(6, 1)[:3], Scores(SCALE, window, None, bounds))
-        if window >= (T if bounds is None else bounds.longest):
-            assert seen.pop() is None
-            continue
-        allowed = causal(window) & (within_rows() if bounds else torch.tensor(True))
-        assert torch.equal(seen.pop()[0, 0] == 0, allowed)
+def test_a_window_is_the_efficient_kernels_own_unless_a_mask_has_it(bounds: Bounds | None) -> None:
+    calls = imagined(Efficient(), Scores(SCALE, 9, None, bounds))
+    assert calls.windows == [9, 9]
+    assert imagined(Efficient(), Scores(SCALE, 9, MASK)).windows == [None, None]
+    assert imagined(Efficient(), Scores(SCALE)).windows == [None, None]
 
 
 def test_a_card_gets_the_kernel_that_it_can_run() -> None:

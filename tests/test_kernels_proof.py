@@ -11,9 +11,10 @@ import torch
 from fused_models import CPU, FAMILIES, LAYERS, family, fused, is_bare, make, packed_batch
 
 from qlora.kernels import attention, ops
-from qlora.kernels.attached import detach, fuse, prove
+from qlora.kernels.attached import detach, fuse, head_of
 from qlora.kernels.family import NotFused
 from qlora.kernels.projection import Projection
+from qlora.kernels.proof import prove
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 ASKED = packed_batch(1)
@@ -24,7 +25,7 @@ ASKED = packed_batch(1)
 def test_the_proof_passes_for_every_family(kind: str, dtype: torch.dtype) -> None:
     model = family(kind, dtype)
     with fused(model) as attached:
-        proof = prove(model, attached, ASKED)
+        proof = prove(model, attached, head_of(model), ASKED)
     adapters = 4 if kind == "phi3" else 7
     kinds = 2 if kind in ("qwen2", "gemma2", "gemma3_text", "smollm3") else 1
     assert proof.compared >= kinds * 2 * (2 + 2 * adapters)
@@ -51,9 +52,9 @@ def test_a_proof_leaves_no_trace(
         hung = [module.forward for module in attached]
         if fails:
             with pytest.raises(NotFused):
-                prove(model, attached, ASKED)
+                prove(model, attached, head_of(model), ASKED)
         else:
-            prove(model, attached, ASKED)
+            prove(model, attached, head_of(model), ASKED)
         assert [module.forward for module in attached] == hung
         assert not any(m._forward_pre_hooks for m in model.modules())
     assert torch.equal(torch.get_rng_state(), state)
@@ -92,10 +93,10 @@ def test_a_kernel_that_computes_something_else_is_found_out(
     holder, attribute, wrong, words = BROKEN[name]
     model = family("llama")
     with fused(model) as attached:
-        prove(model, attached, ASKED)
+        prove(model, attached, head_of(model), ASKED)
         monkeypatch.setattr(holder, attribute, wrong())
         with pytest.raises(NotFused, match=words):
-            prove(model, attached, ASKED)
+            prove(model, attached, head_of(model), ASKED)
 
 
 FAILURES = {
@@ -115,10 +116,10 @@ def test_a_layer_without_an_adapter_does_not_stand_for_those_that_have_one(
 ) -> None:
     model = make("llama", target_modules=["q_proj"], layers_to_transform=[1])
     with fused(model) as attached:
-        prove(model, attached, ASKED)
+        prove(model, attached, head_of(model), ASKED)
         monkeypatch.setattr(Projection, "inner_gradient", quietly_wrong(Projection.inner_gradient))
         with pytest.raises(NotFused, match=r"relative error of 0.02"):
-            prove(model, attached, ASKED)
+            prove(model, attached, head_of(model), ASKED)
 
 
 @pytest.mark.parametrize("words", FAILURES)
@@ -131,7 +132,7 @@ def test_a_kernel_that_fails_is_left_out_with_its_words(
     monkeypatch.setattr(ops, "gated", fails)
     model = family("llama")
     with fused(model) as attached, pytest.raises(NotFused, match="fail on this machine: " + words):
-        prove(model, attached, ASKED)
+        prove(model, attached, head_of(model), ASKED)
 
 
 def test_a_proof_is_not_passed_by_a_layer_whose_attention_mixes_packed_rows(
@@ -140,7 +141,7 @@ def test_a_proof_is_not_passed_by_a_layer_whose_attention_mixes_packed_rows(
     model = family("llama")
     monkeypatch.setattr(attention, "_bias", lambda scores, dtype: None)
     with fused(model) as attached, pytest.raises(NotFused, match="relative error of"):
-        prove(model, attached, ASKED)
+        prove(model, attached, head_of(model), ASKED)
 
 
 def test_what_fails_its_proof_is_taken_off_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,7 +8,8 @@
     loss        linear cross entropy over a frozen head
     head        a frozen head in 8 bits
     ops         the elementwise operators: plain torch on a CPU, Triton on CUDA (triton_ops)
-    attached    hangs the layers on a model's instances, and proves them there
+    attached    hangs the layers on a model's instances
+    proof       compares all of it with the libraries' own, there, before a run
 
 Evaluation, generation, saving and merging go the libraries' own way: the fused layer works only while a
 model trains with its one adapter on.

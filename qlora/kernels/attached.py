@@ -7,9 +7,8 @@ off, merged or exchanged, the layer's own code runs.
 
 from __future__ import annotations
 
-import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -34,13 +33,12 @@ from qlora.kernels.attention import (
 )
 from qlora.kernels.family import NotFused, last_norm, norm, parts_of, require_known
 from qlora.kernels.head import PackedHead
-from qlora.kernels.layer import LEVELS, FusedLayer, Norm, Parts
+from qlora.kernels.layer import FusedLayer, Norm, Parts
 from qlora.kernels.loss import Dense, Head
+from qlora.kernels.proof import Proof, prove
 
 # Implementations of transformers, and ours registered with it, that are softmax attention and no more.
 PLAIN_ATTENTION = ("sdpa", "sdpa_without_gqa", "sdpa_bounded", "sdpa_unmasked", "flash_attention_2")
-# Of a tensor's norm, by dtype: what two orders of the same sums may differ by.
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
 
 
 class FusedForward:
@@ -59,7 +57,10 @@ class FusedForward:
         **kwargs: Any,
     ) -> torch.Tensor:
         trains = self.layer.training and torch.is_grad_enabled()
-        if args or not trains or past_key_values is not None or not self._on():
+        # Evaluation is the layer's own, but where it would not fit: a tile bounds what the MLP makes.
+        long = self.parts.tile and hidden_states[..., 0].numel() > self.parts.tile
+        fuses = trains or (long and not torch.is_grad_enabled())
+        if args or not fuses or past_key_values is not None or not self._on():
             asked = {"attention_mask": attention_mask, "position_embeddings": position_embeddings}
             own: Any = type(self.layer).forward
             return own(  # type: ignore[no-any-return]
@@ -71,7 +72,8 @@ class FusedForward:
             assert bounds is not None, "packed rows came without their bounds"
             attention_mask = None
         scores = replace(parts.scores, mask=attention_mask, bounds=bounds)
-        seed = torch.randint(2**62, (1,)) if any(p.drops for p in parts.projections) else None
+        drops = any(p.drops for p in parts.projections)
+        seed = torch.randint(2**62, (1,)) if drops else None
         at_work = replace(parts, scores=scores)
         return FusedLayer.apply(  # type: ignore[no-any-return]
             at_work, hidden_states, position_embeddings, seed, *parts.parameters
@@ -237,12 +239,13 @@ def fuse(
     if card.kind == "cuda":
         unmasked, race = race_on(model, card, tokens)
     modules = attach(model, card, levels=levels, tile=tile, unmasked=unmasked)
+    head = head_of(model)
     try:
-        proof = prove(model, modules, asked)
+        proof = prove(model, modules, head, asked)
     except NotFused:
         detach(modules)
         raise
-    return Fused(modules, head_of(model), proof, race)
+    return Fused(modules, head, proof, race)
 
 
 def race_on(model: Any, card: Card, tokens: int) -> tuple[Kernel, str]:
@@ -271,113 +274,3 @@ def head_of(model: Any) -> Head | None:
         return None
     found = model.get_base_model().get_output_embeddings()
     return found if isinstance(found, PackedHead) else Dense(found.weight)
-
-
-@dataclass(frozen=True)
-class Proof:
-    """How far the fused layers were from the libraries' on this machine: the largest relative error.
-
-    Relative to the norm of each tensor: outputs, gradients of inputs and of adapters.
-    """
-
-    error: float
-    compared: int
-
-    def __str__(self) -> str:
-        return f"{self.compared} tensors within {self.error:.1g} of the libraries' own"
-
-
-def prove(model: Any, attached: Sequence[Any], asked: dict[str, Any]) -> Proof:
-    """Compare the fused layers with the layers' own code, on this machine and with these weights.
-
-    One layer of each kind is passed forward and backward, at the outermost levels, with the hidden states
-    that the model gives it. Adapter weights and random state are left as they were.
-
-    Args:
-        model: PEFT's, with fused layers on it.
-        attached: What :func:`attach` returned.
-        asked: Arguments of the model: a short batch, laid out as in training.
-
-    Raises:
-        NotFused: They differ, or the fused one fails; says by how much, or how.
-    """
-    given: dict[int, tuple[Any, Any]] = {}
-    layers = attached[:-1]
-    chosen = {_kind(layer.forward.parts): layer for layer in reversed(layers)}.values()
-    hooks = [
-        layer.register_forward_pre_hook(
-            lambda module, args, kwargs: given.__setitem__(id(module), (args, kwargs)),
-            with_kwargs=True,
-        )
-        for layer in chosen
-    ]
-    base = model.get_base_model()
-    modes = [(module, module.training) for module in model.modules()]
-    devices = [asked["input_ids"].device] if asked["input_ids"].is_cuda else []
-    try:
-        with torch.random.fork_rng(devices=devices):
-            model.eval()
-            with torch.no_grad():
-                base.base_model(**asked, use_cache=False)
-            model.train()
-            compared = [error for layer in chosen for error in _compare(layer, *given[id(layer)])]
-    except Exception as error:  # noqa: BLE001 - Triton and its compilers have errors of their own
-        said = next((line for line in str(error).splitlines() if line.strip()), "")
-        raise NotFused(f"they fail on this machine: {type(error).__name__}: {said}") from None
-    finally:
-        for hook in hooks:
-            hook.remove()
-        for module, training in modes:
-            module.training = training
-    dtype = layers[0].input_layernorm.weight.dtype
-    worst = max(compared, key=lambda error: (math.isnan(error), error))
-    if not worst <= TOLERANCE[dtype]:
-        raise NotFused(
-            f"they compute something else on this machine: a relative error of {worst:.2g}, where "
-            f"rounding explains {TOLERANCE[dtype]}"
-        )
-    return Proof(worst, len(compared))
-
-
-def _kind(parts: Parts) -> tuple[Any, ...]:
-    return parts.rotates, parts.scores.window, *(bool(p.parameters) for p in parts.projections)
-
-
-def _compare(layer: Any, args: Any, kwargs: Any) -> Iterator[float]:
-    """The relative errors of a layer's output and gradients, at levels 1 and 5."""
-    hidden, *rest = args if args else (kwargs["hidden_states"],)
-    kwargs = {name: value for name, value in kwargs.items() if name != "hidden_states"}
-    fused: FusedForward = layer.forward
-    trained = fused.parts.parameters
-    before = [p.detach().clone() for p in trained]
-    drops = [m for m in layer.modules() if isinstance(m, nn.Dropout)]
-    rates = [m.p for m in drops]
-    upstream = torch.randn_like(hidden)
-
-    def passed(forward: Any) -> list[torch.Tensor]:
-        x = hidden.detach().clone().requires_grad_()
-        with torch.autocast(
-            hidden.device.type, hidden.dtype, enabled=hidden.dtype != torch.float32
-        ):
-            y = forward(x, *rest, **kwargs)
-        return [y.detach(), *torch.autograd.grad(y, [x, *trained], upstream)]
-
-    try:
-        with torch.no_grad():
-            for m in drops:
-                m.p = 0.0
-            for p in trained:  # B is zero before the first step, and would hide what A does
-                p.add_(torch.randn_like(p) * 0.02)
-        own = passed(lambda *a, **k: type(layer).forward(layer, *a, **k))
-        for level in (LEVELS[0], LEVELS[-1]):
-            again = passed(FusedForward(layer, replace(fused.parts, level=level)))
-            yield from (
-                float((a.float() - b.float()).norm() / a.float().norm().clamp(min=1e-30))
-                for a, b in zip(own, again, strict=True)
-            )
-    finally:
-        with torch.no_grad():
-            for p, value in zip(trained, before, strict=True):
-                p.copy_(value)
-            for m, rate in zip(drops, rates, strict=True):
-                m.p = rate

@@ -53,7 +53,8 @@ class Scores:
 _library = torch.library.Library("qlora", "FRAGMENT")
 _library.define(
     "efficient_attention_backward(Tensor do, Tensor q, Tensor k, Tensor v, Tensor? bias, Tensor o,"
-    " Tensor? offsets, SymInt longest, Tensor lse, Tensor seed, Tensor offset, int kind, float scale)"
+    " Tensor? offsets, SymInt longest, Tensor lse, Tensor seed, Tensor offset, int kind, float scale,"
+    " int? window)"
     " -> (Tensor, Tensor, Tensor)"
 )
 
@@ -72,10 +73,11 @@ def _efficient_backward(
     offset: torch.Tensor,
     kind: int,
     scale: float,
+    window: int | None,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     found = aten._efficient_attention_backward(
         do, q, k, v, bias, o, offsets, offsets, longest, longest, lse, 0.0, seed, offset, kind, False,
-        scale=scale,
+        scale=scale, window_size=window,
     )  # fmt: skip
     return found[0], found[1], found[2]
 
@@ -200,18 +202,18 @@ class Efficient:
     """PyTorch's memory-efficient kernel: any dtype and capability; a mask, or bounds, or neither.
 
     It wants as many key heads as query heads: keys and values are repeated while it works, and the
-    copies are not kept. A window that is shorter than a row becomes a mask. What a T4 gets.
+    copies are not kept. What a T4 gets.
     """
 
     def forward(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scores: Scores
     ) -> tuple[torch.Tensor, Saved]:
         groups = q.shape[2] // k.shape[2]
-        scores = _with_window(scores, q)
         offsets, longest = self._bounds(scores, None)
         o, lse, seed, offset, _, _ = aten._efficient_attention_forward(
             q, _spread(k, groups), _spread(v, groups), _spread_bias(scores, q), offsets, offsets,
             longest, longest, 0.0, self._kind(scores), True, scale=scores.scale,
+            window_size=self._window(scores),
         )  # fmt: skip
         return o, (lse, seed, offset)
 
@@ -226,12 +228,11 @@ class Efficient:
         scores: Scores,
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         groups = q.shape[2] // k.shape[2]
-        scores = _with_window(scores, q)
         offsets, longest = self._bounds(scores, q.shape[1])
         lse, seed, offset = saved
         dq, dk, dv = torch.ops.qlora.efficient_attention_backward(
             do, q, _spread(k, groups), _spread(v, groups), _spread_bias(scores, q), o, offsets, longest,
-            lse, seed, offset, self._kind(scores), scores.scale,
+            lse, seed, offset, self._kind(scores), scores.scale, self._window(scores),
         )  # fmt: skip
         return dq, _gather(dk, groups), _gather(dv, groups)
 
@@ -240,6 +241,11 @@ class Efficient:
         if scores.bounds is None:
             return None, length
         return scores.bounds.offsets, scores.bounds.longest
+
+    @staticmethod
+    def _window(scores: Scores) -> int | None:
+        """As the kernel counts: positions a token sees, itself included; a mask has it already."""
+        return scores.window if scores.mask is None else None
 
     @staticmethod
     def _kind(scores: Scores) -> int:
@@ -375,21 +381,6 @@ def _spread(heads: torch.Tensor, groups: int) -> torch.Tensor:
 
 def _gather(gradient: torch.Tensor, groups: int) -> torch.Tensor:
     return gradient if groups == 1 else gradient.unflatten(2, (-1, groups)).sum(3)
-
-
-def _with_window(scores: Scores, q: torch.Tensor) -> Scores:
-    """A window that matters, and the bounds beside it, as a mask (1, 1, T, T)."""
-    length = q.shape[1]
-    longest = length if scores.bounds is None else scores.bounds.longest
-    if scores.mask is not None or scores.window is None or scores.window >= longest:
-        return scores
-    at = torch.arange(length, device=q.device)
-    distance = at[:, None] - at[None]
-    mask = (distance >= 0) & (distance < scores.window)
-    if scores.bounds is not None:
-        row = torch.bucketize(at, scores.bounds.offsets[1:].long(), right=True)
-        mask &= row[:, None] == row[None]
-    return replace(scores, mask=mask[None, None], window=None, bounds=None)
 
 
 def _bias(scores: Scores, dtype: torch.dtype) -> torch.Tensor | None:

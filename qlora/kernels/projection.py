@@ -52,9 +52,9 @@ class Projection:
 
     @property
     def dropout(self) -> float:
-        """The share of the adapter's input that is dropped."""
+        """The share of the adapter's input that is dropped; 0 in evaluation."""
         found = self.wrapper.lora_dropout[self.adapter]
-        return float(getattr(found, "p", 0.0))
+        return float(getattr(found, "p", 0.0)) if found.training else 0.0
 
     @property
     def drops(self) -> bool:
