@@ -86,7 +86,9 @@ def attend_within_bounds(
         plain: Any = sdpa_attention_forward if shares else attend
         return plain(module, query, key, value, attention_mask, **options)  # type: ignore[no-any-return]
     capability = torch.cuda.get_device_capability(query.device) if query.is_cuda else None
-    kernel = kernel_on(capability, query.shape[-1])
+    kernel = getattr(module, "kernel_for_packed_rows", None) or kernel_on(
+        capability, query.shape[-1]
+    )
     scale = options.get("scaling") or query.shape[-1] ** -0.5
     scores = Scores(scale, options.get("sliding_window"), None, bounds)
     heads = (x.transpose(1, 2) for x in (query, key, value))

@@ -15,6 +15,7 @@ from qlora.counting import WorkCounter
 from qlora.kernels import ops
 from qlora.kernels.attention import CpuFlash, Efficient, Flash, Kernel, Scores
 from qlora.kernels.projection import Projection
+from qlora.tracing import inside_attention
 
 
 def counted(work: Callable[[], Any]) -> WorkCounter:
@@ -157,3 +158,19 @@ def test_fake_tensors_count_like_real_ones() -> None:
         fake = work(torch.empty)
     assert real.launches == fake.launches and real.flops == fake.flops == 2 * LINEAR
     assert sum(real.launches.values()) == 6
+
+
+def test_what_a_cards_attention_allocates_inside_is_counted_while_it_works() -> None:
+    q, k = (
+        torch.empty(1, 256, 8, 40, dtype=torch.bfloat16),
+        torch.empty(1, 256, 2, 40, dtype=torch.bfloat16),
+    )
+    offsets = torch.tensor([0, 100, 256], dtype=torch.int32)
+    sums, tokens = 4 * 256 * 8, 256
+    flash = inside_attention("_flash_attention_backward", q, k, offsets)
+    assert (
+        flash == sums + 4 * (tokens + 2 * 128) * 8 * 64 + 2 * q.nbytes
+    )  # heads of 40 are laid out as 64
+    alone = inside_attention("_flash_attention_backward", q, q, None)
+    assert alone == sums + 4 * (tokens + 128) * 8 * 64
+    assert inside_attention("efficient_attention_backward", q, k, offsets) == sums + 4 * q.numel()

@@ -9,6 +9,7 @@ import json
 import re
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -263,6 +264,30 @@ def test_the_measured_peak_is_the_allocators(make_recipe: Any, cpu: Card, tmp_pa
         built.train()
     assert stage.found is not None and stage.found.micro_batches == 2
     assert stage.found.measured_bytes == pytest.approx(measure.peak, rel=0.01)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_where_attention_takes_bounds_an_uneven_step_is_rehearsed_among_the_widest(
+    seed: int,
+) -> None:
+    drawn = np.random.default_rng(seed)
+    lengths = np.where(
+        drawn.random(400) < 0.1, drawn.integers(90, 129, 400), drawn.integers(4, 12, 400)
+    )
+    layout = Layout(128, 2, packed=True, flat=True)
+    found = {
+        maskless: largest_step(lengths, replace(layout, maskless=maskless), rows=16, seed=seed)
+        for maskless in (False, True)
+    }
+
+    def first(step: list[int]) -> tuple[int, int]:
+        chosen = [int(lengths[i]) for i in step]
+        batches = layout.micro_batches(chosen)[:2]
+        rows = [[chosen[i] for one in batch for i in one] for batch in batches]
+        return layout.shape(batches[0], chosen)[1], max(len(r) * max(r) for r in rows)
+
+    widths, uneven = zip(*(first(found[maskless]) for maskless in (False, True)), strict=True)
+    assert widths[1] >= widths[0] * 15 // 16 and uneven[1] >= uneven[0]
 
 
 def test_the_longest_rows_make_the_largest_step_when_each_has_its_own_sequence() -> None:

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from qlora import cards, fitting, fused, memory, siblings, speed
 from qlora.cards import GIB, Card, named_card
-from qlora.errors import CheckpointError, DoesNotFit, RecipeError
+from qlora.errors import CheckpointError, DoesNotFit, ModelError, RecipeError
 from qlora.recipe import recipe_from
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -403,3 +403,57 @@ def test_every_card_in_the_table_of_models_is_known() -> None:
     assert [cards.named_card(name).kind for name in plansheet.CARDS] == ["cuda"] * 4
     lines = plansheet.table()
     assert len(lines) == 3 + len(siblings.TABLED)
+
+
+# What a model has no use for
+
+
+@pytest.mark.parametrize(
+    ("section", "values"),
+    [("train", {"embedding_offload": True}), ("quant", {"head": "8bit"})],
+)
+def test_a_head_that_is_the_embedding_cannot_be_spared(
+    section: str, values: dict[str, Any]
+) -> None:
+    recipe = make()
+    changed = getattr(recipe, section).model_copy(update=values)
+    with pytest.raises(
+        ModelError, match=r"in this one it is the embedding\. Leave that setting out"
+    ):
+        fitting.fit(
+            recipe.model_copy(update={section: changed}),
+            replace(LLAMA, tied=True),
+            named_card("24GB"),
+        )
+
+
+@pytest.mark.parametrize("values", [{"levels": (32, 0, 0, 0, 0)}, {"mlp_tile": 512}])
+@pytest.mark.parametrize("fit", ["auto", "as_written"])
+def test_what_only_fused_layers_have_is_refused_for_other_families(
+    fit: str, values: dict[str, Any]
+) -> None:
+    (name,) = values
+    with pytest.raises(
+        RecipeError, match=f"train.{name} is about qlora.kernels, which do not know"
+    ):
+        fitting.fit(
+            make(fit=fit, **values), replace(LLAMA, model_type="mixtral"), named_card("24GB")
+        )
+
+
+def test_a_recipe_that_does_not_fit_as_written_is_told_of_auto_where_that_would() -> None:
+    with pytest.raises(
+        DoesNotFit, match=r"Or write train\.fit: auto, which finds settings that fit"
+    ):
+        fitting.fit(make(8192, fit="as_written"), LLAMA, named_card("8GB"))
+    with pytest.raises(DoesNotFit) as refused:
+        fitting.fit(make(8192, fit="as_written"), LLAMA, named_card("4GB"))
+    assert "train.fit" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    "levels", [5, [1, 2], [4, 0, 0, 0, 0, 0], [4, 0, 0, 0, -1], ["4", 0, 0, 0, 0]]
+)
+def test_levels_that_are_no_five_counts_are_refused_in_a_sentence(levels: Any) -> None:
+    with pytest.raises(RecipeError, match="must be five counts, one a level, that add up"):
+        make(levels=levels)

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from fused_models import CPU, FAMILIES, LAYERS, family, fused, is_bare, make, packed_batch
 
-from qlora.kernels import attention, ops
+from qlora.kernels import attention, ops, proof
 from qlora.kernels.attached import detach, fuse, head_of
 from qlora.kernels.family import NotFused
 from qlora.kernels.projection import Projection
@@ -154,3 +155,67 @@ def test_what_fails_its_proof_is_taken_off_again(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(NotFused):
         fuse(model, CPU, [1] * LAYERS, None, 64, ASKED)
     assert is_bare(model)
+
+
+# --- what else is fused
+
+
+def wrong_loss(*arguments: Any, **named: Any) -> torch.Tensor:
+    losses = ops.torch.ops.qlora.cross_entropy_(
+        *arguments, named.get("softcap", 0.0), named.get("scale", 1.0)
+    )
+    arguments[0].mul_(1.01)
+    return losses
+
+
+def another_mask_each_time(x: torch.Tensor, p: float, seed: torch.Tensor) -> torch.Tensor:
+    return torch.nn.functional.dropout(x, p)
+
+
+@pytest.mark.parametrize(
+    ("name", "broken", "part"),
+    [("cross_entropy_", wrong_loss, "loss"), ("dropout", another_mask_each_time, "dropout")],
+)
+def test_a_wrong_loss_and_a_dropout_without_memory_are_refused(
+    name: str, broken: Any, part: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = make("llama", lora_dropout=0.1)
+    monkeypatch.setattr(ops, name, broken)
+    with pytest.raises(NotFused, match=rf"something else on this machine \({part}\)"):
+        fuse(model, CPU, [1] * LAYERS, None, 64, ASKED)
+    assert is_bare(model)
+
+
+class Windowed:
+    """A card's kernel in plain torch: bounds and windows as masks, the window off by some positions."""
+
+    def __init__(self, off: int = 0) -> None:
+        self.off = off
+
+    def asked(self, q: torch.Tensor, scores: attention.Scores) -> attention.Scores:
+        assert scores.bounds is not None and scores.window is not None
+        at = torch.arange(q.shape[1])
+        row = torch.bucketize(at, scores.bounds.offsets[1:].long(), right=True)
+        distance = at[:, None] - at
+        seen = (distance >= 0) & (distance < scores.window + self.off) & (row[:, None] == row)
+        return attention.Scores(scores.scale, mask=seen[None, None])
+
+    def forward(self, q: Any, k: Any, v: Any, scores: attention.Scores) -> Any:
+        return attention.CpuFlash().forward(q, k, v, self.asked(q, scores))
+
+    def backward(self, do: Any, q: Any, *rest: Any) -> Any:
+        *others, scores = rest
+        return attention.CpuFlash().backward(do, q, *others, self.asked(q, scores))
+
+
+@pytest.mark.parametrize(("off", "holds"), [(0, True), (1, False), (-1, False)])
+def test_a_cards_window_is_tried_on_rows_that_are_longer(off: int, holds: bool) -> None:
+    model = make("llama")
+    with fused(model, 1) as attached:
+        parts = attached[0].forward.parts
+        kernel = attention.OnCuda(Windowed(off), attention.Efficient())
+        hidden = torch.zeros(1, 4, 64, dtype=torch.bfloat16)
+        torch.manual_seed(0)
+        errors = list(proof._of_window(replace(parts, attention=kernel), hidden))
+    assert len(errors) == 4
+    assert (max(errors) <= proof.TOLERANCE[torch.bfloat16]) == holds

@@ -149,6 +149,8 @@ def attach(
     adapter.checkpoint_layers(base, False)
     for layer, parts in hung:
         layer.forward = FusedForward(layer, parts)
+        if unmasked is not None:  # evaluation takes the same one; see qlora.attention
+            layer.self_attn.kernel_for_packed_rows = parts.attention
     last.forward = FusedNormForward(last)
     return [*found, last]
 
