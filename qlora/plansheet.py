@@ -183,7 +183,7 @@ class Sheet:
         times = speed.cost_per_token(self.recipe, self.shape) / self.measured.cost
         guess = f"; a rough guess: that model is {times:,.0f} times cheaper" if times > 10 else ""
         return (
-            f"{work}: about {self.tokens_per_second:,.3g} tokens/s, {_time(self.step_seconds or 0.0)} a "
+            f"{work}: about {_rate(self.tokens_per_second or 0.0)} tokens/s, {_time(self.step_seconds or 0.0)} a "
             f"step of full rows (predicted from {self.measured.model} on {self.measured.date}: "
             f"{self.measured.tokens_per_second:,.0f} tokens/s{guess})"
         )
@@ -278,6 +278,14 @@ def _time(seconds: float) -> str:
     if seconds < 10:
         return f"{seconds:.1f} s"
     return f"{seconds:.0f} s" if seconds < 3600 else f"{seconds / 3600:,.1f} h"
+
+
+def _rate(tokens: float) -> str:
+    """
+    >>> _rate(3219.4), _rate(7.26)
+    ('3,220', '7.3')
+    """
+    return f"{float(f'{tokens:.3g}'):,.0f}" if tokens >= 10 else f"{tokens:.2g}"
 
 
 def _gib(size: int) -> str:
