@@ -122,8 +122,8 @@ def unmasked_attention() -> str:
 
 def frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     """(category of a plan, tensor) of everything that the base holds, scales and codes included."""
-    table = model.get_base_model().get_input_embeddings()
-    away = isinstance(table.__dict__.get("forward"), EmbeddingOnHost)
+    modules = model.modules()
+    away = {id(m.weight) for m in modules if isinstance(m.__dict__.get("forward"), EmbeddingOnHost)}
     for parameter in model.parameters():
         state = getattr(parameter, "quant_state", None)
         if state is not None:
@@ -132,7 +132,7 @@ def frozen(model: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
         elif not parameter.requires_grad:
             yield "unquantized", parameter
     for buffer in model.buffers():
-        yield HOST if away and buffer is table.weight else "unquantized", buffer
+        yield HOST if id(buffer) in away else "unquantized", buffer
 
 
 def _quantize(base: Any, double_quant: bool, dtype: torch.dtype) -> None:

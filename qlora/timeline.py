@@ -96,7 +96,7 @@ def total(tensors: Iterable[torch.Tensor]) -> int:
 def _frozen(model: nn.Module) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
     """(quantized, unquantized) tensors of the base."""
     found = list(phantom.frozen(model))
-    base = [tensor for category, tensor in found if category != "unquantized"]
+    base = [tensor for category, tensor in found if category in ("base_nf4", "scales")]
     return base, [tensor for category, tensor in found if category == "unquantized"]
 
 

@@ -487,7 +487,7 @@ def test_an_offload_that_the_host_has_no_room_for_is_refused(make_recipe, monkey
     (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 8192}))
     monkeypatch.setattr(hardware, "card", lambda: cards.named_card("12GB"))
     monkeypatch.setattr(hardware, "ram_bytes", lambda: (2**30, 2**29))
-    with pytest.raises(DoesNotFit, match=r"keeps 0\.9 GiB in the host's memory .* 0\.5 GiB are"):
+    with pytest.raises(DoesNotFit, match=r"keep 0\.9 GiB in the host's memory .* 0\.5 GiB are"):
         run_it(
             make_recipe(
                 model__name=str(folder), data__max_length=4096, train__activation_checkpointing=True,

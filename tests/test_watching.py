@@ -100,7 +100,8 @@ def test_the_first_example_is_shown_with_what_trains(make_recipe):
 
 def test_the_doctor_tries_the_kernel_and_finds_this_machine_ready(tmp_path):
     checks = {check.name: check for check in doctor.examine(tmp_path)}
-    assert set(checks) == {"python", "packages", "card", "nf4", "attention", "disk", "hub", "wandb"}
+    names = ("python", "packages", "card", "nf4", "attention", "kernels", "disk", "hub", "wandb")
+    assert set(checks) == set(names)
     assert all(check.status != "fail" for check in checks.values())
     assert "0.008" in checks["nf4"].found and "HF_HUB_OFFLINE" in checks["hub"].found
 
@@ -161,3 +162,21 @@ def test_a_tokenizer_that_cannot_be_read_is_named(make_recipe, tmp_path, tiny):
     (folder / "tokenizer.json").write_text("{")
     with pytest.raises(ModelError, match="whose tokenizer cannot be loaded"):
         tokenizer.load(make_recipe(model__name=str(folder)))
+
+
+def test_the_doctor_says_what_fused_layers_lack_on_a_card(monkeypatch):
+    card = Card("RTX 3060", "cuda", 2**33, 2**33, (8, 6))
+    missing = doctor.importlib.metadata.PackageNotFoundError
+
+    def version(name):
+        raise missing(name)
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", version)
+    lacking = doctor._kernels(card)
+    assert (lacking.status, lacking.found) == ("note", "triton is not installed")
+    assert "libraries' layers train instead" in lacking.advice
+    monkeypatch.setattr(doctor.importlib.metadata, "version", lambda name: "3.7.1")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    assert "no C compiler" in doctor._kernels(card).found
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    assert doctor._kernels(card).status == "ok"
