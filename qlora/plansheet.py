@@ -184,8 +184,8 @@ class Sheet:
         guess = f"; a rough guess: that model is {times:,.0f} times cheaper" if times > 10 else ""
         return (
             f"{work}: about {_rate(self.tokens_per_second or 0.0)} tokens/s, "
-            f"{_time(self.step_seconds or 0.0)} a step of full rows (predicted from {self.measured.model} on {self.measured.date}: "
-            f"{self.measured.tokens_per_second:,.0f} tokens/s{guess})"
+            f"{_time(self.step_seconds or 0.0)} a step of full rows (predicted from {self.measured.model} "
+            f"on {self.measured.date}: {self.measured.tokens_per_second:,.0f} tokens/s{guess})"
         )
 
 
