@@ -31,11 +31,12 @@ from fused_models import (
     tokens,
 )
 
+from qlora.fused import LEVELS
 from qlora.kernels.attached import attach, detach
 from qlora.kernels.attention import CpuFlash
 from qlora.kernels.family import FAMILIES as KNOWN
 from qlora.kernels.family import decoder_layers, parts_of
-from qlora.kernels.layer import LEVELS, Parts
+from qlora.kernels.parts import Parts
 from qlora.kernels.projection import Projection
 
 pytestmark = pytest.mark.usefixtures("one_thread")

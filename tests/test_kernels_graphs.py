@@ -25,9 +25,9 @@ from fused_models import (
 from torch import nn
 
 from qlora import hardware
+from qlora.fused import LEVELS
 from qlora.kernels import ops
 from qlora.kernels.family import decoder_layers
-from qlora.kernels.layer import LEVELS
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 EXACT = 1e-5  # of a tensor's norm, in fp32

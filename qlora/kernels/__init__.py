@@ -1,6 +1,7 @@
 """What makes a QLoRA step faster than the libraries' own, attached to one model and never to a library.
 
     family      which decoder layers are known, and what is read of them
+    parts       a decoder layer as the arithmetic sees it
     layer       one decoder layer as one autograd function, with levels of what is kept
     projection  a frozen linear with its adapter, forward and backward
     attention   causal attention with its two passes apart

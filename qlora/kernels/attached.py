@@ -33,8 +33,9 @@ from qlora.kernels.attention import (
 )
 from qlora.kernels.family import NotFused, last_norm, norm, parts_of, require_known
 from qlora.kernels.head import PackedHead
-from qlora.kernels.layer import FusedLayer, Norm, Parts
+from qlora.kernels.layer import FusedLayer
 from qlora.kernels.loss import Dense, Head
+from qlora.kernels.parts import Norm, Parts
 from qlora.kernels.proof import Proof, prove
 
 # Implementations of transformers, and ours registered with it, that are softmax attention and no more.

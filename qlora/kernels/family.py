@@ -14,7 +14,7 @@ from torch import nn
 from qlora import adapter, nf4
 from qlora.kernels import ops
 from qlora.kernels.attention import Kernel, Scores
-from qlora.kernels.layer import Norm, Parts
+from qlora.kernels.parts import Norm, Parts
 from qlora.kernels.projection import Projection
 
 FAMILIES = {

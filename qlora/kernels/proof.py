@@ -20,8 +20,8 @@ from torch.nn import functional
 from qlora.kernels import ops
 from qlora.kernels.attention import Bounds, OnCuda, Scores
 from qlora.kernels.family import NotFused
-from qlora.kernels.layer import Parts
 from qlora.kernels.loss import Head, linear_cross_entropy
+from qlora.kernels.parts import Parts
 
 # Of a tensor's norm, by dtype: what two orders of the same sums may differ by.
 TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 0.05, torch.float16: 0.01}
