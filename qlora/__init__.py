@@ -5,14 +5,15 @@ one above; the ground floor never imports torch. A test reads this map and holds
 
     3 front door   cli, __main__
     2 stories      planning, trainer, fusing, sft, rehearsal, dress, evaluation, chat, doctor, draft,
-                   selftest, invariance, preview, accounting, page
+                   selftest, invariance, preview, accounting, page, resuming, recording, verdict
     1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, kernels, offload,
                    phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,
                    intake, preparation, data, packing, prefetch, generation, screen, timeline,
-                   callbacks, tracking
+                   callbacks, tracking, statefile, randomness, keeping, guard, diagnosis, relief,
+                   budget, stopping
     0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, fused,
-                   shape, cards, fitting, speed, siblings, plansheet, records, sources, ledger,
-                   rundir, places, vault, hub, errors
+                   shape, cards, fitting, speed, siblings, plansheet, records, templates, sources, ledger,
+                   rundir, store, mirror, identity, durations, places, vault, hub, redact, errors
 
 From a notebook::
 
@@ -34,6 +35,7 @@ _PUBLIC = {
     "Recipe": "qlora.recipe",
     "plan": "qlora.planning",
     "train": "qlora.trainer",
+    "resume": "qlora.trainer",
     "show": "qlora.preview",
     "Run": "qlora.rundir",
     "open_run": "qlora.rundir",
@@ -49,6 +51,7 @@ if TYPE_CHECKING:
     from qlora.recipe import load_recipe as load_recipe
     from qlora.rundir import Run as Run
     from qlora.rundir import open_run as open_run
+    from qlora.trainer import resume as resume
     from qlora.trainer import train as train
 
 

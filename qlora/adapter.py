@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -24,11 +25,17 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from qlora import nf4, rundir  # before peft: both import bitsandbytes, and ours does it quietly
 
 # isort: split
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import (
+    LoraConfig,
+    PeftModel,
+    get_peft_model,
+    get_peft_model_state_dict,
+    set_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from qlora.errors import CheckpointError, RecipeError
+from qlora.errors import CheckpointError, RecipeError, TrainingDiverged
 from qlora.settings import Recipe
 
 ALL_LINEAR = "all-linear"
@@ -213,6 +220,63 @@ def save(model: PeftModel, folder: Path, base_name: str) -> None:
     )
 
 
+def restore(model: PeftModel, folder: Path) -> None:
+    """Put a saved adapter's weights into the one in training, and compare every one of them.
+
+    Raises:
+        CheckpointError: The folder holds no adapter, or one with other matrices.
+    """
+    _require_adapter(folder)
+    try:
+        saved = load_file(folder / "adapter_model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{folder}: the adapter cannot be read: {error}.") from None
+    wanted = {name: tensor.shape for name, tensor in _weights(model).items()}
+    found = {name: tensor.shape for name, tensor in saved.items()}
+    if found != wanted:
+        other = min(
+            name for name in wanted.keys() | found.keys() if found.get(name) != wanted.get(name)
+        )
+        raise CheckpointError(
+            f"{folder}: the adapter is of another model or recipe: {other} is "
+            f"{_shape(found.get(other))} in the file and {_shape(wanted.get(other))} in this run."
+        )
+    set_peft_model_state_dict(model, saved)
+    for name, tensor in _weights(model).items():
+        if not torch.equal(tensor.cpu(), saved[name]):
+            raise CheckpointError(f"{folder}: {name} in memory is not what is on disk.")
+
+
+def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
+    """The adapter by the names that its file uses."""
+    return {
+        name: tensor.detach()
+        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
+    }
+
+
+def _shape(shape: torch.Size | None) -> str:
+    return "absent" if shape is None else " x ".join(map(str, shape))
+
+
+def require_finite(model: nn.Module, step: int) -> None:
+    """Refuse to save weights that are no numbers.
+
+    Raises:
+        TrainingDiverged: Names the first of them.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    finite = torch.stack([p.detach().isfinite().all() for _, p in trained])
+    if not bool(finite.all()):
+        name = next(
+            name for (name, _), good in zip(trained, finite.tolist(), strict=True) if not good
+        )
+        raise TrainingDiverged(
+            f"step {step}: {name} is not finite any more; nothing of it is saved. Lower "
+            "train.learning_rate or raise train.warmup_steps, and resume from the last checkpoint."
+        )
+
+
 def load(base: Any, folder: Path) -> PeftModel:
     """The base with a saved adapter on it, for inference.
 
@@ -223,19 +287,24 @@ def load(base: Any, folder: Path) -> PeftModel:
     try:
         with _quiet_peft():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+    except SafetensorError as error:
+        raise CheckpointError(f"{folder}: the adapter is damaged: {error}.") from None
     except (RuntimeError, ValueError, KeyError) as error:
-        raise CheckpointError(
-            f"{folder}: the adapter does not fit this base: {str(error).splitlines()[0]}"
-        ) from None
+        said = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
+        first = next((line for line in said if line.startswith("size mismatch")), said[0])
+        raise CheckpointError(f"{folder}: the adapter does not fit this base: {first}") from None
 
 
-def verify_alive(model: PeftModel, folder: Path, input_ids: torch.Tensor) -> dict[str, float]:
+def verify_alive(
+    model: PeftModel, folder: Path, input_ids: torch.Tensor, called: Path | None = None
+) -> dict[str, float]:
     """Read a saved adapter back from disk and prove that it is what is being trained.
 
     Args:
         model: The model in training, with the adapter in memory.
         folder: Where it was just saved.
         input_ids: Probe tokens, shape (1, T).
+        called: The name that the folder is going to have, for messages.
 
     Returns:
         Largest logit difference disk against memory and tuned against base, and B's largest value.
@@ -245,10 +314,11 @@ def verify_alive(model: PeftModel, folder: Path, input_ids: torch.Tensor) -> dic
         CheckpointError: B is all zero, the file differs from memory, or the logits do.
     """
     _require_adapter(folder)
+    called = called or folder
     largest_b = _largest_b(folder)
     if largest_b == 0.0:
         raise CheckpointError(
-            f"{folder}: the adapter is dead: B is still zero, so it does nothing. The learning rate "
+            f"{called}: the adapter is dead: B is still zero, so it does nothing. The learning rate "
             "has been zero so far (a warmup longer than the run?) or no gradient reaches the adapter."
         )
     training = model.training
@@ -277,11 +347,11 @@ def verify_alive(model: PeftModel, folder: Path, input_ids: torch.Tensor) -> dic
     tolerance = 1e-3 * max(1.0, float(in_memory.abs().max()))
     if not report["disk_against_memory"] <= tolerance:
         raise CheckpointError(
-            f"{folder}: the saved adapter computes something else than the one in training: logits "
+            f"{called}: the saved adapter computes something else than the one in training: logits "
             f"differ by {report['disk_against_memory']:.3g}."
         )
     if not report["tuned_against_base"] > 0.0:
-        raise CheckpointError(f"{folder}: the adapter is dead: the logits are the same without it.")
+        raise CheckpointError(f"{called}: the adapter is dead: the logits are the same without it.")
     return report
 
 

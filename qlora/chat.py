@@ -9,13 +9,15 @@ from typing import Any
 
 from rich.console import Console
 
-from qlora import adapter, generation, hardware, loader, records, rundir, tokenizer
+from qlora import adapter, generation, hardware, loader, records, rundir, store, tokenizer
 from qlora.errors import CheckpointError
 from qlora.generation import Answer, Sampling
+from qlora.preparation import vocabulary_digest
 from qlora.recipe import load_recipe
 from qlora.records import Record, Turn
 from qlora.rendering import Renderer
 from qlora.rundir import Run
+from qlora.settings import Recipe
 
 
 @dataclass
@@ -45,10 +47,10 @@ def load_speaker(where: str | Path) -> Speaker:
     """The model of a run: its finished adapter, or the newest whole checkpoint of an unfinished run.
 
     Raises:
-        CheckpointError: No run there, or nothing in it to load.
+        CheckpointError: No run there, nothing in it to load, or the base is not the one it was trained on.
     """
     run = rundir.open_run(where)
-    source = run.adapter if run.is_complete else rundir.newest_complete(run)
+    source = run.adapter if run.is_complete else store.newest(run.checkpoints)
     if source is None:
         raise CheckpointError(
             f"{run.dir}: the run has no finished adapter and no whole checkpoint."
@@ -57,11 +59,43 @@ def load_speaker(where: str | Path) -> Speaker:
     card = hardware.card()
     config = loader.read_config(recipe)
     tok, _ = tokenizer.load(recipe, config.commit)
-    base = loader.load_base(recipe, card, config, bars=False)
     ledger = rundir.read_json(run.dir / "data.json")
-    renderer = Renderer(tok, chat=ledger["rendering"] == "chat")
-    form = ledger["sources"][0]["format"]
-    return Speaker(adapter.load(base.model, source), renderer, source, form)
+    try:
+        rendering, form = ledger["rendering"], ledger["sources"][0]["format"]
+    except (LookupError, TypeError):
+        raise CheckpointError(
+            f"{run.dir / 'data.json'}: does not say how the run's rows were rendered; it is damaged or of "
+            "another version of qlora. Copy the run again, or train again."
+        ) from None
+    _require_same_tokenizer(run, recipe, ledger, tok)
+    base = loader.load_base(recipe, card, config, bars=False)
+    renderer = Renderer(tok, chat=rendering == "chat")
+    try:
+        model = adapter.load(base.model, source)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}\n  {_other_base(run, recipe)}") from None
+    return Speaker(model, renderer, source, form)
+
+
+def _require_same_tokenizer(run: Run, recipe: Recipe, ledger: dict[str, Any], tok: Any) -> None:
+    """Refuse a tokenizer that gives other ids than the one of the run: each word would be another.
+
+    Raises:
+        CheckpointError: It is another one. Runs that kept no digest are let through.
+    """
+    if ledger.get("vocabulary", "") in ("", vocabulary_digest(tok)):
+        return
+    raise CheckpointError(
+        f"{run.dir}: the run was trained with another tokenizer than {recipe.model.name!r} has now: its "
+        f"{len(tok):,} tokens are not those of the run.\n  {_other_base(run, recipe)}"
+    )
+
+
+def _other_base(run: Run, recipe: Recipe) -> str:
+    return (
+        f"model.name in {run.recipe_file} is {recipe.model.name!r}. If another model lies there by now, "
+        "name the one that the run was trained on; else train again."
+    )
 
 
 def converse(

@@ -37,10 +37,26 @@ app.add_typer(cache_app, name="cache")
 def main() -> None:
     """Run the command line. A user's mistake ends in a short message and exit code 2."""
     try:
-        app()
+        app(_with_resume_filled_in(sys.argv[1:]))
     except QLoRAError as error:
         print(f"qlora: {error}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
+
+
+def _with_resume_filled_in(arguments: list[str]) -> list[str]:
+    """`--resume` may stand alone: it then means the newest run of the recipe.
+
+    >>> _with_resume_filled_in(["train", "mine.yaml", "--resume", "lora.r=8"])
+    ['train', 'mine.yaml', '--resume', 'newest', 'lora.r=8']
+    """
+    filled = []
+    for index, argument in enumerate(arguments):
+        filled.append(argument)
+        following = arguments[index + 1] if index + 1 < len(arguments) else "-"
+        is_override = "=" in following and "." in following.partition("=")[0]
+        if argument == "--resume" and (following.startswith("-") or is_override):
+            filled.append("newest")
+    return filled
 
 
 def _version(asked: bool) -> None:
@@ -67,17 +83,34 @@ def train(
         list[str] | None, typer.Argument(help="section.key=value, such as lora.r=32.")
     ] = None,
     resume: Annotated[
-        str | None, typer.Option(help="Go on with this run from its newest whole checkpoint.")
+        str | None,
+        typer.Option(
+            metavar="[RUN]",
+            help="Go on with a run from its newest whole checkpoint; without RUN, the recipe's newest.",
+        ),
+    ] = None,
+    allow_change: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="FIELD", help="Resume although FIELD, which decides what is learned, differs."
+        ),
+    ] = None,
+    budget: Annotated[
+        str | None,
+        typer.Option(metavar="TIME", help="End within 90m, 2h ...: steps are fitted to it."),
     ] = None,
 ) -> None:
-    """Fine-tune as a recipe says; ends with where the adapter is and what to type next."""
+    """Fine-tune as a recipe says; ends with where the adapter is and what to type next.
+
+    Ctrl-C and SIGTERM save the step under way and end with 130 and 143; --resume goes on from there.
+    """
     from qlora.recipe import load_recipe
 
     loaded = load_recipe(recipe, overrides or ())
     try:
         from qlora import trainer
 
-        trainer.train(loaded, resume=resume)
+        trainer.train(loaded, resume=resume, allow_change=allow_change or (), budget=budget)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
 

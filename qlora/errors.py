@@ -51,6 +51,15 @@ class SelfTestFailed(QLoRAError):
 
 
 class Interrupted(QLoRAError):
-    """The user stopped the run. The message names the last complete checkpoint."""
+    """A signal stopped the run. The message names the last complete checkpoint.
 
-    exit_code = 130
+    ``exit_code`` is 128 and the number of the signal: 130 for Ctrl-C, 143 for SIGTERM.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM came where there was nothing to finish. Like Ctrl-C it passes what catches errors."""

@@ -22,7 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,10 +69,14 @@ class Run:
         return read_json(self.dir / "result.json")
 
     def metrics(self) -> list[dict[str, Any]]:
-        """The log lines so far, oldest first; a torn last line is left out."""
+        """The log lines so far, oldest first; what a crash or a full disk tore is left out."""
         path = self.dir / "metrics.jsonl"
         lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        return [json.loads(line) for line in lines]
+        found = []
+        for line in lines:
+            with suppress(ValueError):
+                found.append(json.loads(line))
+        return found
 
 
 def rewind(run: Run, step: int) -> None:
@@ -110,6 +114,31 @@ def create(folder: Path, name: str) -> Run:
     raise RecipeError(f"{folder / name}: a hundred runs started in one second; wait and try again.")
 
 
+@contextmanager
+def locked(run: Run) -> Iterator[None]:
+    """This process alone writes into a run in this block; the lock ends with the process, however it does.
+
+    Raises:
+        CheckpointError: Another process does.
+    """
+    if os.name != "posix":  # no lock that would end with its process
+        yield
+        return
+    import fcntl
+
+    run.dir.mkdir(parents=True, exist_ok=True)
+    with (run.dir / ".lock").open("w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise CheckpointError(
+                f"{run.dir}: another process trains this run. Wait for it, or stop it first."
+            ) from None
+        except OSError:  # a file system without locks
+            pass
+        yield
+
+
 def open_run(where: str | Path) -> Run:
     """The run at a path, or the newest run below it (``runs/quickstart``, or ``runs``).
 
@@ -120,9 +149,9 @@ def open_run(where: str | Path) -> Run:
     if (path / "recipe.yaml").is_file():
         return Run(path)
     if path.is_dir():
-        below = [p.parent for p in path.glob("**/recipe.yaml") if _START.match(p.parent.name)]
+        below = runs_below(path)
         if below:
-            return Run(max(below, key=_started))
+            return max(below, key=lambda run: started(run.dir))
         raise CheckpointError(
             f"{where}: not a run directory (no recipe.yaml), and no run lies below it. "
             "A run is what `qlora train` prints at its end, such as runs/quickstart/20260101-120000."
@@ -132,7 +161,14 @@ def open_run(where: str | Path) -> Run:
     )
 
 
-def _started(folder: Path) -> tuple[str, int]:
+def runs_below(folder: Path) -> list[Run]:
+    """Every run in a folder of runs, such as ``runs`` or ``runs/quickstart``; none if it is absent."""
+    found = folder.glob("**/recipe.yaml")
+    return [Run(path.parent) for path in found if _START.match(path.parent.name)]
+
+
+def started(folder: Path) -> tuple[str, int]:
+    """When a run began, from its directory's name; sorts later ones higher."""
     day, clock, *again = folder.name.split("-")
     return f"{day}-{clock}", int(again[0]) if again else 1
 
@@ -169,10 +205,11 @@ def write_json(path: Path, value: object) -> None:
 
 
 @contextmanager
-def writing_aside(final: Path) -> Iterator[Path]:
+def writing_aside(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """A folder to fill, renamed to ``final`` when the block ends well and removed when it does not.
 
-    Its name tells who writes: ``.<final>.<host>.<pid>.part``.
+    Its name tells who writes: ``.<final>.<host>.<pid>.part``. A folder that is there already is only
+    replaced if that is asked for.
     """
     aside = final.with_name(f".{final.name}.{host()}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
@@ -181,12 +218,35 @@ def writing_aside(final: Path) -> Iterator[Path]:
         yield aside
         for path in aside.rglob("*"):
             if path.is_file():
-                _sync_file(path)
+                sync_file(path)
+        if os.name == "posix":
+            for path in [aside, *aside.rglob("*")]:
+                if path.is_dir():
+                    _sync_folder(path)
+        old = final.with_name(f".{final.name}.old")
+        if replace and final.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            final.rename(old)
         aside.rename(final)
         _sync_folder(final.parent)
+        if replace:
+            shutil.rmtree(old, ignore_errors=True)
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process of this machine runs; True where that cannot be asked."""
+    if os.name != "posix":  # there os.kill would end it
+        return True
+    try:
+        os.kill(pid, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except OSError:
+        return True  # somebody else's
+    return True
 
 
 def host() -> str:
@@ -198,7 +258,7 @@ def seal(checkpoint: Path) -> None:
     """Write the manifest that makes a checkpoint complete: size and SHA-256 of each file, fsynced."""
     files = {}
     for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST):
-        _sync_file(path)
+        sync_file(path)
         name = path.relative_to(checkpoint).as_posix()
         files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
     write_json(checkpoint / MANIFEST, {"files": files})
@@ -212,6 +272,8 @@ def defect(checkpoint: Path) -> str | None:
         files = read_json(checkpoint / MANIFEST)["files"]
         for name, expected in files.items():
             path = checkpoint / name
+            if not path.resolve().is_relative_to(checkpoint.resolve()):
+                return f"its manifest names {name!r}, which lies outside of it"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
@@ -221,24 +283,13 @@ def defect(checkpoint: Path) -> str | None:
     return None
 
 
-def newest_complete(run: Run) -> Path | None:
-    """The latest checkpoint that is whole, or None. Damaged ones are passed over."""
-    found = sorted(run.checkpoints.glob("checkpoint-*"), key=step_of, reverse=True)
-    return next((path for path in found if defect(path) is None), None)
-
-
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def step_of(checkpoint: Path) -> int:
-    """The optimizer step a checkpoint's name ends with; -1 for another name."""
-    number = checkpoint.name.rpartition("-")[2]
-    return int(number) if number.isdigit() else -1
-
-
-def _sync_file(path: Path) -> None:
+def sync_file(path: Path) -> None:
+    """Have the disk hold what was written to a file."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
 

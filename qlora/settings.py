@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    model_validator,
+)
 
-from qlora import document
+from qlora import document, durations
 
 
 def _as_tuple(value: object) -> object:
@@ -44,6 +51,15 @@ class _Section(BaseModel):
     """Strict types, unknown keys refused, immutable."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+def _a_duration(value: str | None) -> str | None:
+    if value is not None:
+        try:
+            durations.seconds(value)
+        except ValueError as error:
+            raise ValueError(f"run.save_every is {error}") from None
+    return value
 
 
 class Model(_Section):
@@ -298,7 +314,9 @@ class Train(_Section):
         description="Before the first step, take the largest step of the data without keeping it: memory "
         "runs out in the first seconds or not at all. auto: on CUDA.",
     )
-    seed: int = Field(42, ge=0, description="Adapter initialisation, data order, dropout.")
+    seed: int = Field(
+        42, ge=0, lt=2**32, description="Adapter initialisation, data order, dropout."
+    )
     logging_steps: int = Field(10, ge=1, description="Steps between two lines of metrics.jsonl.")
     eval_steps: int | None = Field(
         None, ge=1, description="Steps between held-out losses; null: before and after only."
@@ -306,7 +324,24 @@ class Train(_Section):
     save_steps: int | None = Field(
         None, ge=1, description="Steps between checkpoints; null: a quarter of the run."
     )
-    save_total_limit: int = Field(2, ge=2, description="Checkpoints kept; one may be in writing.")
+    save_total_limit: int = Field(2, ge=1, description="Checkpoints kept, all of them whole.")
+    spike_factor: float | None = Field(
+        4.0,
+        gt=1,
+        description="A step whose loss is more than this times the highest of the last 64 is left out, as "
+        "one whose loss or gradient is no finite number always is; null: no loss is too high.",
+    )
+    after_bad_steps: Literal["stop", "roll_back"] = Field(
+        "stop",
+        description="After three such steps in a row: stop, or go back to the last checkpoint and on with "
+        "half the learning rate, three times at most.",
+    )
+    oom_retries: int = Field(
+        3,
+        ge=0,
+        description="How often in a run a step that runs out of memory is taken again in smaller passes: "
+        "the same rows, the same gradient.",
+    )
     sft_config: dict[str, Any] = Field(
         {}, description="Any other field of TRL's SFTConfig, by its own name."
     )
@@ -344,8 +379,21 @@ class Run(_Section):
     name: str = Field(
         "", description="Defaults to the recipe's file name.", pattern=r"^([\w-][\w.-]*)?$"
     )
-    report_to: Literal["none", "wandb"] = Field(
-        "none", description="wandb: online with a key and a network, else offline; never fatal."
+    save_every: Annotated[str | None, AfterValidator(_a_duration)] = Field(
+        "10m",
+        description="The longest time between checkpoints, such as 90s, 10m or 1h30m; null: by "
+        "train.save_steps alone.",
+    )
+    mirror: str | None = Field(
+        None,
+        min_length=1,
+        description="A second folder, such as a mounted drive: each checkpoint, and the end of the run, is "
+        "copied there while training goes on. qlora.resume finds it.",
+    )
+    report_to: Literal["none", "wandb", "tensorboard"] = Field(
+        "none",
+        description="wandb: online with a key and a network, else offline; tensorboard: event files in "
+        "<run>/tensorboard. Neither can end a run.",
     )
     project: str = Field("qlora", description="The wandb project.")
 
@@ -405,7 +453,25 @@ SFT_CONFIG_OWNED: dict[str, str] = {
     "truncation_mode": "data.over_length",
     "average_tokens_across_devices": "nothing: there is one device",
     "logging_nan_inf_filter": "nothing: a NaN always stops the run",
-    "auto_find_batch_size": "train.per_device_train_batch_size",
+    "auto_find_batch_size": "train.per_device_train_batch_size and train.oom_retries",
+    "resume_from_checkpoint": "qlora train --resume",
+    "ignore_data_skip": "nothing: a resumed run goes on where it was",
+    "restore_callback_states_from_checkpoint": "nothing: a checkpoint holds all of them",
+    "save_only_model": "nothing: a checkpoint can always be resumed",
+    "save_on_each_node": "nothing: there is one machine",
+    "enable_jit_checkpoint": "nothing: SIGTERM always saves",
+    "load_best_model_at_end": "nothing: the adapter is the last step's",
+    **dict.fromkeys(
+        (
+            "push_to_hub",
+            "hub_model_id",
+            "hub_strategy",
+            "hub_private_repo",
+            "hub_always_push",
+            "hub_revision",
+        ),
+        "nothing: training writes to disks only",
+    ),
     "remove_unused_columns": "nothing: row numbers travel with each batch",
     "save_strategy": "train.save_steps",
     "eval_strategy": "train.eval_steps",

@@ -15,24 +15,28 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cached_property
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 from torch.nn import functional
-from transformers import TrainerCallback
+from transformers import TrainerCallback, get_scheduler
 from transformers.trainer_callback import PrinterCallback
 from transformers.trainer_utils import EvalLoopOutput
+from transformers.training_args import OptimizerNames
 from trl import SFTConfig, SFTTrainer
 from trl.trainer.utils import add_fused_lm_head
 
-from qlora import adapter, cards, packing
+from qlora import adapter, cards, diagnosis, hardware, packing, randomness
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import RecipeError
+from qlora.keeping import Keeper
 from qlora.kernels.loss import Head, linear_cross_entropy
 from qlora.offload import InputsOnHost
 from qlora.packing import Collator, Layout
 from qlora.prefetch import Prefetcher
+from qlora.relief import Relief, passes
 from qlora.rendering import IGNORED
 from qlora.rundir import Run
 from qlora.settings import Recipe
@@ -48,19 +52,28 @@ class Observer(Protocol):
 
     def saw(self, rows: list[int], tokens: int, computed: int, loss: torch.Tensor) -> None: ...
 
+    def again(self) -> None:
+        """The step is begun anew: what was seen of it does not count."""
+
 
 class RowTrainer(SFTTrainer):
     """TRL's trainer, over steps of rows that :class:`qlora.packing.Collator` has laid out.
 
     A batch of its loader is all the rows of an optimizer step, as micro-batches. The dtype of the
     adapter is restored and asserted at the last moment before the optimizer exists, which is after a
-    resume as well.
+    resume as well. What the Trainer would write as pickles and read back is left to a
+    :class:`qlora.keeping.Keeper`.
     """
 
+    keeper: Keeper | None = None  # without one nothing is saved
+    relief: Relief | None = None  # where a step runs out of memory; without one the error goes on
     observers: Sequence[Observer] = ()
     offloads = False  # of the inputs of recomputed layers
     head: Head | None = None  # of the fused loss of qlora.kernels, where that is used
     _held_out_sums: list[tuple[float, int]]
+    _step: dict[str, Any]
+    _phase = ""
+    _random: dict[str, Any]  # as it was when the step began
 
     @cached_property
     def prefetcher(self) -> Prefetcher:
@@ -91,17 +104,69 @@ class RowTrainer(SFTTrainer):
         """One optimizer step's gradient: each micro-batch forward and backward.
 
         The Trainer's own accumulation stays at 1: how many passes a step needs depends on how its rows
-        lie. Every pass divides its sum of losses by the supervised tokens of the whole step.
+        lie. Every pass divides its sum of losses by the supervised tokens of the whole step. If memory runs
+        out, the step begins anew, from the same random state, with the pass that did not fit in two.
         """
-        losses = []
-        for batch, rows, tokens in zip(
-            inputs["micro_batches"], inputs["rows"], inputs["tokens"], strict=True
-        ):
-            loss = super().training_step(model, batch, inputs["supervised"])
+        self._step, self._random = inputs, randomness.take()
+        steps = passes(inputs)
+        losses: list[torch.Tensor] = []
+        while True:
+            try:
+                for one in steps[len(losses) :]:
+                    self._phase = "forward"
+                    loss = super().training_step(model, one.batch, inputs["supervised"])
+                    for observer in self.observers:
+                        observer.saw(one.rows, one.tokens, one.batch["input_ids"].numel(), loss)
+                    losses.append(loss)
+                return torch.stack(losses).sum()
+            except (RuntimeError, MemoryError) as error:
+                if self.relief is None or not hardware.ran_out_of_memory(error):
+                    raise
+            # Outside of the handler: the error holds on to the frames, and they to the tensors.
+            steps = self.relief.halve(steps, len(losses), self.state.global_step + 1, self._phase)
+            losses = []
+            model.zero_grad()
+            self.relief.free()
+            randomness.put(self._random)
             for observer in self.observers:
-                observer.saw(rows, tokens, batch["input_ids"].numel(), loss)
-            losses.append(loss)
-        return torch.stack(losses).sum()
+                observer.again()
+
+    def blame(self) -> str:
+        """The first module whose output is no finite number, when the present step is taken once more."""
+        now = randomness.take()
+        randomness.put(self._random)
+        try:
+            with diagnosis.first_non_finite(self.model) as found, torch.no_grad():
+                for batch in self._step["micro_batches"]:
+                    with self.compute_loss_context_manager():
+                        moved = self._prepare_inputs(batch)
+                        loss = self.compute_loss(self.model, moved, num_items_in_batch=1)
+                    if found.name:
+                        return f"first in the output of {found.name}"
+                    if not bool(loss.isfinite()):
+                        return "first in the loss itself"
+            return "a second forward pass of it is finite"
+        finally:
+            randomness.put(now)
+
+    def _save_checkpoint(self, model: Any, trial: Any) -> None:
+        if self.keeper is not None:
+            self.keeper.save(self)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: Any = None) -> None:
+        assert self.keeper is not None
+        self.keeper.weights(self, Path(resume_from_checkpoint))
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.keeper is not None:
+            self.keeper.optimizer(self)
+
+    def _load_scaler(self, checkpoint: str | None) -> None:
+        """Done with the optimizer's."""
+
+    def _load_rng_state(self, checkpoint: str | None) -> None:
+        if checkpoint is not None and self.keeper is not None:
+            self.keeper.random()
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any
@@ -164,6 +229,7 @@ class RowTrainer(SFTTrainer):
         away = self.offloads and model.training and torch.is_grad_enabled()
         with InputsOnHost() if away else nullcontext():
             loss = loss_of(model, inputs, supervised, materialize=plain, head=self.head)
+        self._phase = "backward"  # what comes next
         self.prefetcher.begin()  # the device has the forward pass in hand
         return loss
 
@@ -190,20 +256,44 @@ class RowTrainer(SFTTrainer):
 
     @contextmanager
     def unnoticed(self) -> Iterator[None]:
-        """What is computed in this block is told to no observer and enters no metric."""
-        kept = self.observers, self._metrics, self._total_train_tokens
-        self.observers = ()
+        """What is computed in this block is told to no observer, enters no metric, is tried once."""
+        kept = self.observers, self._metrics, self._total_train_tokens, self.relief
+        self.observers, self.relief = (), None
         self._metrics = {mode: defaultdict(list) for mode in self._metrics}  # TRL's own
         self._held_out_sums = []
         try:
             yield
         finally:
-            self.observers, self._metrics, self._total_train_tokens = kept
+            self.observers, self._metrics, self._total_train_tokens, self.relief = kept
 
     @property
     def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         return _total_steps(self.args, len(self.train_dataset))
+
+    def scale(self) -> float | None:
+        """The gradient scaler's value; None where there is none."""
+        scaler = self.accelerator.scaler
+        return None if scaler is None else float(scaler.get_scale())
+
+    def start_over(self) -> None:
+        """Forget optimizer and schedule, so that the next training makes its own."""
+        self.optimizer = self.lr_scheduler = None
+        self.optimizer_cls_and_kwargs = None
+        self.model_wrapped = self.model
+        self.model.zero_grad()
+
+    def schedule_over(self, steps: int) -> list[Any]:
+        """The recipe's schedule over another number of steps: factors of the peak rate by step."""
+        nothing = torch.optim.SGD([torch.zeros(1)], lr=1.0)
+        schedule: Any = get_scheduler(
+            self.args.lr_scheduler_type,
+            nothing,
+            num_warmup_steps=self.args.get_warmup_steps(steps),
+            num_training_steps=steps,
+            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+        )
+        return list(schedule.lr_lambdas)
 
 
 def loss_of(
@@ -256,6 +346,7 @@ def build(
     prepared: Prepared,
     layout: Layout,
     *,
+    keeper: Keeper | None = None,
     observers: Sequence[Observer],
     callbacks: Sequence[TrainerCallback],
     head: Head | None = None,
@@ -268,8 +359,9 @@ def build(
         eval_dataset=prepared.held_out,
         processing_class=tok,
         data_collator=Collator(layout, tok.pad_token_id, 8 if card.kind == "cuda" else 1),
-        callbacks=list(callbacks),
+        callbacks=[*callbacks, keeper] if keeper else list(callbacks),
     )
+    trainer.keeper = keeper
     trainer.remove_callback(PrinterCallback)
     trainer.observers = observers
     trainer.offloads = recipe.train.activation_offload
@@ -326,13 +418,27 @@ def rows_per_step(recipe: Recipe) -> int:
 
 
 def require_known_fields(recipe: Recipe) -> None:
-    """Refuse a key of ``train.sft_config`` that trl does not know, before anything is loaded.
+    """Refuse, before anything is loaded, what trl or transformers would fail on once everything is.
 
     Raises:
-        RecipeError: Names the key and the nearest field.
+        RecipeError: A key of ``train.sft_config`` is unknown or has a value of another kind, or
+            ``train.optim`` is no optimizer; names the nearest known one.
     """
-    known = {field.name for field in dataclasses.fields(SFTConfig) if field.init}
-    for key in recipe.train.sft_config:
+    optimizers = [name.value for name in OptimizerNames]
+    if recipe.train.optim not in ("auto", *optimizers):
+        near = difflib.get_close_matches(recipe.train.optim, optimizers, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise RecipeError(
+            f"train.optim is {recipe.train.optim!r}, which is no optimizer of transformers "
+            f"{importlib.metadata.version('transformers')}.{hint} Write auto, or one such as adamw_torch "
+            "or paged_adamw_8bit."
+        )
+    known = {field.name: field.default for field in dataclasses.fields(SFTConfig) if field.init}
+    for key, value in recipe.train.sft_config.items():
+        if not _is_like(value, known.get(key)):
+            raise RecipeError(
+                f"train.sft_config.{key} must be {_KINDS[type(known[key])]}; found {value!r}."
+            )
         if key not in known:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
@@ -340,6 +446,18 @@ def require_known_fields(recipe: Recipe) -> None:
                 f"train.sft_config.{key} is no field of SFTConfig in trl "
                 f"{importlib.metadata.version('trl')}.{hint}"
             )
+
+
+_KINDS = {bool: "true or false", int: "a number", float: "a number"}
+
+
+def _is_like(value: object, default: object) -> bool:
+    """Whether a value may stand where this default does; of a default that is no number nothing is told."""
+    if isinstance(default, bool):
+        return isinstance(value, bool)
+    if isinstance(default, int | float):
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return True
 
 
 def _total_steps(config: SFTConfig, rows: int) -> int:

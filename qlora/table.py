@@ -187,3 +187,28 @@ def _defect(folder: Path) -> str | None:
         return rundir.defect(folder)
     except OSError as error:
         return f"it cannot be read: {error.strerror}"
+
+
+def digest(rows: Dataset) -> str:
+    """SHA-256 of what of some rows trains, in their order: tokens, labels and where each row ends."""
+    found = hashlib.sha256()
+    for part in rows.select_columns(["input_ids", "labels"]).with_format("arrow").iter(8192):
+        for name in ("input_ids", "labels"):
+            lists = part.column(name).combine_chunks()
+            found.update(lists.value_lengths().to_numpy().tobytes())
+            found.update(lists.flatten().to_numpy().tobytes())
+    return found.hexdigest()
+
+
+class Numbered:
+    """Rows of a table by the number that each carries, which a draw does not change."""
+
+    def __init__(self, rows: Dataset) -> None:
+        self._rows = rows
+        self._at: dict[int, int] = {}
+
+    def __getitem__(self, number: int) -> dict[str, Any]:
+        if not self._at:
+            self._at = {int(found): index for index, found in enumerate(self._rows["row"])}
+        row: dict[str, Any] = self._rows[self._at[number]]
+        return row

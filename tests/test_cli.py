@@ -287,7 +287,37 @@ def test_train_hands_on_the_recipe_with_its_overrides(
     assert qlora("train", "mine.yaml", "lora.r=3", "run.name=x", "--resume", "runs/x").code == 0
     ((args, named),) = calls
     assert args == (load_recipe("mine.yaml", ["lora.r=3", "run.name=x"]),)
-    assert named == {"resume": "runs/x"}
+    assert named == {"resume": "runs/x", "allow_change": (), "budget": None}
+
+
+@pytest.mark.parametrize(
+    ("typed", "resume", "overrides"),
+    [
+        (["--resume"], "newest", []),
+        (["--resume", "lora.r=3"], "newest", ["lora.r=3"]),
+        (["lora.r=3", "--resume"], "newest", ["lora.r=3"]),
+        (["--resume", "--budget", "90m"], "newest", []),
+        (["--resume", "runs/a=b"], "runs/a=b", []),
+        (["--resume=runs/x"], "runs/x", []),
+    ],
+)
+def test_resume_may_stand_alone(
+    qlora: Call,
+    monkeypatch: pytest.MonkeyPatch,
+    typed: list[str],
+    resume: str,
+    overrides: list[str],
+) -> None:
+    from qlora import trainer
+
+    calls: list[Any] = []
+    monkeypatch.setattr(trainer, "train", lambda *args, **named: calls.append((args, named)))
+    allowed = ["--allow-change", "train.seed", "--allow-change", "rows"]
+    assert qlora("train", "mine.yaml", *typed, *allowed).code == 0
+    ((args, named),) = calls
+    assert args == (load_recipe("mine.yaml", overrides),)
+    assert named["resume"] == resume and named["allow_change"] == ["train.seed", "rows"]
+    assert named["budget"] == ("90m" if "--budget" in typed else None)
 
 
 def test_chat_hands_on_how_to_sample_and_what_is_typed(

@@ -31,9 +31,11 @@ from qlora import (
     packing,
     rundir,
     sft,
+    store,
     timeline,
     tokenizer,
     trainer,
+    verdict,
 )
 from qlora.cards import Card
 from qlora.dress import DressRehearsal, Rehearsed, is_wanted, largest_step
@@ -415,7 +417,7 @@ def test_running_out_of_memory_says_in_which_part_at_which_shape_and_what_helps(
 ) -> None:
     recipe = make_recipe(train__rehearse=True)
     if where == "prediction_step":  # the loss before training takes this way too
-        monkeypatch.setattr(trainer, "_measure", lambda *_: (None, None))
+        monkeypatch.setattr(verdict, "measure", lambda *_: (None, None))
     owner = adapter if where == "save" else sft.RowTrainer
     monkeypatch.setattr(owner, where, failing(error))
     with pytest.raises(DoesNotFit) as caught:
@@ -439,7 +441,7 @@ def test_a_resumed_run_keeps_its_directory_when_the_rehearsal_runs_out_of_memory
     monkeypatch.setattr(sft.RowTrainer, "training_step", failing(torch.OutOfMemoryError(OUT)))
     with pytest.raises(DoesNotFit, match="in the rehearsal"):
         run_it(recipe, resume=broken.dir)
-    assert rundir.newest_complete(broken) is not None
+    assert store.newest(broken.checkpoints) is not None
 
 
 def test_the_command_line_exits_with_2_and_no_traceback(

@@ -72,9 +72,14 @@ FIELDS = [
     "train.eval_steps",
     "train.save_steps",
     "train.save_total_limit",
+    "train.spike_factor",
+    "train.after_bad_steps",
+    "train.oom_retries",
     "train.sft_config",
     "run.dir",
     "run.name",
+    "run.save_every",
+    "run.mirror",
     "run.report_to",
     "run.project",
     "eval.generate",
@@ -147,7 +152,7 @@ def test_the_list_of_fields_is_the_one_agreed_on() -> None:
         for key in field.annotation.model_fields  # type: ignore[union-attr]
     ]
     assert found == FIELDS
-    assert len(found) == 62
+    assert len(found) == 67
 
 
 def test_every_field_says_what_it_means() -> None:
@@ -265,7 +270,10 @@ def test_an_unknown_key_on_the_command_line_is_placed_there(refusal: Callable[..
         ("data.train=5", ["must be a list", "found 5"]),
         ("quant.quant_type=fp4", ["'nf4' or 'none'", "the text 'fp4'"]),
         ("quant.quant_type=no", ["'nf4' or 'none'", "the text 'no'"]),
-        ("run.report_to=tensorboard", ["'none' or 'wandb'"]),
+        ("run.report_to=mlflow", ["'none', 'wandb' or 'tensorboard'"]),
+        ("run.save_every=10", ["must be text", "found 10"]),
+        ("train.spike_factor=1", ["greater than 1"]),
+        ("train.oom_retries=-1", ["greater than or equal to 0"]),
         ("lora.r=0", ["greater than or equal to 1", "found 0"]),
         ("lora.r=1025", ["less than or equal to 1024", "found 1025"]),
         ("lora.lora_alpha=0", ["greater than 0"]),
@@ -282,7 +290,7 @@ def test_an_unknown_key_on_the_command_line_is_placed_there(refusal: Callable[..
         ("train.per_device_train_batch_size=0", ["greater than or equal to 1"]),
         ("train.gradient_accumulation_steps=0", ["greater than or equal to 1"]),
         ("train.max_steps=0", ["greater than or equal to 1"]),
-        ("train.save_total_limit=1", ["greater than or equal to 2"]),
+        ("train.save_total_limit=0", ["greater than or equal to 1"]),
         ("train.max_grad_norm=0", ["greater than 0"]),
         ("train.seed=-1", ["greater than or equal to 0"]),
         ("eval.generate=-1", ["greater than or equal to 0"]),
@@ -641,6 +649,12 @@ def test_an_sft_config_key_that_has_an_owner_is_refused(
 ) -> None:
     message = refusal(SMALL, f"train.sft_config.{key}=1")
     assert f"train.sft_config.{key} is decided by" in message and owner in message
+
+
+def test_a_duration_is_written_as_people_write_one(refusal: Callable[..., str]) -> None:
+    for wrong in ("soon", "10", "0m", "1m30", "-5m"):
+        said = refusal(SMALL, f"run.save_every='{wrong}'")
+        assert f"run.save_every is {wrong!r}" in said and "90s, 10m or 1h30m" in said
 
 
 def test_every_training_field_owns_its_name_in_sft_config(refusal: Callable[..., str]) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from qlora import rundir
+from qlora import rundir, store
 from qlora.errors import CheckpointError, RecipeError
 from qlora.rundir import Run
 
@@ -335,17 +335,17 @@ def test_any_damage_is_found_and_named(kind: str, run: Run) -> None:
 def test_the_newest_checkpoint_that_is_whole_is_taken(kind: str, run: Run) -> None:
     older, newest = checkpoint(run, 9), checkpoint(run, 10)
     checkpoint(run, 2)
-    assert rundir.newest_complete(run) == newest  # by number: as text, 9 comes last
+    assert store.newest(run.checkpoints) == newest  # by number: as text, 9 comes last
     DAMAGES[kind][1](newest)
-    assert rundir.newest_complete(run) == older
+    assert store.newest(run.checkpoints) == older
 
 
 def test_where_no_checkpoint_is_whole_there_is_none(run: Run) -> None:
-    assert rundir.newest_complete(run) is None
+    assert store.newest(run.checkpoints) is None
     checkpoint(run, 5, sealed=False)
     (run.checkpoints / "checkpoint-best").mkdir()
     (run.checkpoints / "checkpoint-7").write_text("a file")
-    assert rundir.newest_complete(run) is None
+    assert store.newest(run.checkpoints) is None
 
 
 def test_a_checkpoint_half_written_aside_is_not_found(run: Run) -> None:
@@ -353,5 +353,5 @@ def test_a_checkpoint_half_written_aside_is_not_found(run: Run) -> None:
     with rundir.writing_aside(run.checkpoints / "checkpoint-6") as folder:
         (folder / "x").write_text("x")
         rundir.seal(folder)
-        assert rundir.newest_complete(run) == whole
-    assert rundir.newest_complete(run) == run.checkpoints / "checkpoint-6"
+        assert store.newest(run.checkpoints) == whole
+    assert store.newest(run.checkpoints) == run.checkpoints / "checkpoint-6"
