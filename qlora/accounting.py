@@ -92,7 +92,7 @@ def _left_out(account: Ledger, rejected: str) -> list[Block]:
     long = over.dropped.count + over.shortened.count + over.split.count
     blocks = [
         *_listed(f"rejected{leaked}{where}", account.rejected),
-        *_listed("duplicates, kept", account.duplicates),
+        *_listed(f"duplicate{'s' * (account.duplicates.count != 1)}, kept", account.duplicates),
     ]
     if long:
         lost = (
@@ -107,7 +107,11 @@ def _left_out(account: Ledger, rejected: str) -> list[Block]:
         for what in ("dropped", "shortened", "split"):
             blocks += _listed(f"{what} for their length", getattr(over, what))
     blocks += _listed("held out and longer than data.max_length, dropped", over.held_out)
-    blocks += _listed("hold one of the tokenizer's own tokens as text", account.control_text)
+    one = account.control_text.count == 1
+    blocks += _listed(
+        f"{'holds' if one else 'hold'} one of the tokenizer's own tokens as text",
+        account.control_text,
+    )
     return blocks or [Listing("", ["nothing: every row trains or is held out"])]
 
 

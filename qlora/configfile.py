@@ -8,6 +8,12 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import hf_hub_download, try_to_load_from_cache
+from huggingface_hub.errors import (
+    GatedRepoError,
+    RemoteEntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
 
 from qlora import hub
 from qlora.errors import ModelError
@@ -135,14 +141,35 @@ def _fetched(name: str, revision: str) -> Path:
     try:
         return Path(hf_hub_download(name, "config.json", revision=revision))
     except (OSError, ValueError) as error:  # the hub's errors are OSErrors
+        if said := refusal(error):
+            raise ModelError(f"model.name is {name!r} (revision {revision}), {said}") from None
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
-        gated = "gated" in str(error).lower() or "401" in first or "403" in first
-        hint = (
-            " Accept its licence on its hub page, then set HF_TOKEN in the environment."
-            if gated
-            else ""
-        )
         raise ModelError(
-            f"model.name is {name!r} (revision {revision}), whose config.json cannot be fetched: "
-            f"{first}{hint}"
+            f"model.name is {name!r} (revision {revision}), whose config.json cannot be fetched: {first}"
         ) from None
+
+
+def refusal(error: BaseException) -> str:
+    """Why the hub does not hand out a file, and what to do; empty if an error is none of its refusals.
+
+    Told by the classes of the error and of those behind it: a 401 in a text may as well be of a path.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        for kind, said in _REFUSALS.items():
+            if isinstance(seen, kind):
+                return said
+        seen = seen.__cause__ or seen.__context__
+    return ""
+
+
+# In the order in which they are tried: a gated repository counts as one that is not found.
+_REFUSALS: dict[type[Exception], str] = {
+    GatedRepoError: "which is gated. Accept its licence on its hub page, then set HF_TOKEN in the "
+    "environment (or run `hf auth login`).",
+    RepositoryNotFoundError: "which the hub does not know, or shows only to those who may see it. Check "
+    "the spelling; for a private one set HF_TOKEN in the environment (or run `hf auth login`).",
+    RevisionNotFoundError: "of which the hub has no such revision. Name another in model.revision.",
+    RemoteEntryNotFoundError: "which holds no config.json, so no model that can be loaded here. Name the "
+    "repository of the model itself.",
+}

@@ -18,7 +18,7 @@ import numpy as np
 
 import qlora
 from qlora import ledger, records, rundir, sources, table, tokenizer, vault
-from qlora.errors import DataError
+from qlora.errors import DataError, ModelError
 from qlora.intake import Input, inputs
 from qlora.ledger import Account, Ledger
 from qlora.packing import Layout
@@ -84,8 +84,15 @@ def tokenize(recipe: Recipe, tok: Any, vocab_size: int, progress: Progress = unw
     Raises:
         DataError: A file that cannot be read, a format that is not clear, rows that cannot be used (all
             files are gone through first; twenty are listed), no rows left, or tokens beyond the model.
-        ModelError: Rows need a chat template and the tokenizer has none.
+        ModelError: Rows need a chat template and the tokenizer has none, or it pads with a token that the
+            model does not have.
     """
+    if tok.pad_token_id is not None and tok.pad_token_id >= vocab_size:
+        raise ModelError(
+            f"the tokenizer pads with {tok.pad_token!r}, token {tok.pad_token_id}, but the model's "
+            f"embedding has {vocab_size:,} rows. Name a pad_token of the vocabulary in its "
+            "tokenizer_config.json, or none: then one is chosen."
+        )
     train, held_out = inputs(recipe)
     renderer = renderer_for(recipe, tok, [*train, *held_out])
 
@@ -127,14 +134,15 @@ def require_little_lost(recipe: Recipe, account: Ledger) -> None:
     if asked.over_length == "error" and long:
         sources.fail(
             over.dropped.first,
-            f"data.over_length is error and {long:,} rows are longer than data.max_length "
-            f"({asked.max_length:,} tokens). Raise it, or write drop, truncate or split:",
+            f"data.over_length is error and {ledger.counted(long, 'is', 'are')} longer than "
+            f"data.max_length ({asked.max_length:,} tokens). Raise it, or write drop, truncate or split:",
             total=long,
         )
     if over.share_lost > asked.max_lost_fraction or not account.train.rows:
         first = (over.dropped.first or over.shortened.first or ["none"])[0]
         raise DataError(
-            f"data.max_length is {asked.max_length:,}, and {long:,} rows are longer (first: {first}): "
+            f"data.max_length is {asked.max_length:,}, and {ledger.counted(long, 'is', 'are')} longer "
+            f"(first: {first}): "
             f"{over.share_lost:.1%} of the supervised tokens would be lost, "
             f"{asked.max_lost_fraction:.1%} may be.\n"
             f"  data.max_length={over.length_that_keeps} keeps {over.share_it_keeps:.1%} of them, if the "

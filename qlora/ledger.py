@@ -89,6 +89,7 @@ class Ledger:
     rendering: str = ""
     loss_on: str = ""
     max_length: int = 0
+    vocabulary: str = ""  # the digest of the tokenizer's tokens and ids; empty in older ledgers
     sources: list[Account] = field(default_factory=list)
     rejected: Listing = field(default_factory=Listing)
     duplicates: Listing = field(default_factory=Listing)
@@ -139,6 +140,15 @@ class Ledger:
             | {name: Listing(**value[name]) for name in listings}
             | {"over_length": OverLength(**over)}
         )
+
+
+def counted(rows: int, one: str, more: str) -> str:
+    """A number of rows with what is said of one row, or of several.
+
+    >>> counted(1, "is a duplicate", "are duplicates"), counted(2000, "is a duplicate", "are duplicates")
+    ('1 row is a duplicate', '2,000 rows are duplicates')
+    """
+    return f"1 row {one}" if rows == 1 else f"{rows:,} rows {more}"
 
 
 def length_that_keeps(rows: Iterable[tuple[int, int]], share: float) -> int:

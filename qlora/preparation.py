@@ -7,11 +7,12 @@ chunk, in parallel and on a thread of its own, the next one is read and rendered
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from array import array
-from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections import Counter, deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from itertools import chain
@@ -33,6 +34,8 @@ from qlora.sources import Bad, Row
 CHUNK = 512  # rows handed to the tokenizer at a time
 MAX_ROW_CHARS = 1_000_000
 PARITY_ROWS = 32
+# Columns by which a row would choose its own template in other tools.
+TEMPLATES = ("chat_template", "chat_template_kwargs")
 
 Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 
@@ -40,6 +43,15 @@ Progress = Callable[[Iterable[Any], str, int | None], Iterable[Any]]
 def unwatched(rows: Iterable[Any], label: str, total: int | None) -> Iterable[Any]:
     """No progress shown."""
     return rows
+
+
+def vocabulary_digest(tok: Any) -> str:
+    """What tells a tokenizer from one that gives other ids: SHA-256 of its tokens with their ids.
+
+    The serialized tokenizer would tell more, and another one with every release that adds a field.
+    """
+    pairs = sorted(tok.get_vocab().items(), key=lambda pair: (pair[1], pair[0]))
+    return hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,6 +123,7 @@ class Preparation:
             rendering="chat" if renderer.chat else "plain",
             loss_on=asked.loss_on,
             max_length=asked.max_length,
+            vocabulary=vocabulary_digest(renderer.tok),
             sources=[Account(name) for name in names],
         )
         self.ledger.over_length.policy = asked.over_length
@@ -119,6 +132,7 @@ class Preparation:
         self.limit = int(asked.held_out_fraction * 2**64) if asked.held_out is None else 0
         self.seen: dict[int, str] = {}
         self.held: dict[int, str] = {}
+        self.templates: Counter[str] = Counter()
         self.sample: list[Record] = []
         self.lengths, self.supervised = array("i"), array("i")  # of all rows to train, however long
         self.waiting: deque[tuple[Chunk, Future[list[Any]]]] = deque()
@@ -172,6 +186,7 @@ class Preparation:
             self.problems.add(account, row.address, str(error), row.value)
             return
         require_renderable(self.renderer, record, row.address)
+        self.templates.update(name for name in TEMPLATES if row.value.get(name) is not None)
         address, code = row.address, int(records.fingerprint(record)[:16], 16)
         if given:
             self.held.setdefault(code, address)
@@ -184,7 +199,7 @@ class Preparation:
         elif (first := self.seen.setdefault(code, address)) is not address:
             self.ledger.duplicates.add(f"{address} equals {first}")
         out = given or code < self.limit
-        if any(self._holds_control(turn.content) for turn in record.turns):
+        if any(map(self._holds_control, _texts(record))):
             self.ledger.control_text.add(address)
         side = self.asked if out else self.train
         if side.source != found.source:
@@ -337,11 +352,21 @@ class Preparation:
     def _note(self, with_tools: int) -> None:
         notes, account = self.ledger.notes, self.ledger
         if account.duplicates.count > 0.01 * account.rows_read:
-            notes.append(f"{account.duplicates.count:,} rows are duplicates; they are kept")
+            count = account.duplicates.count
+            said = ledger.counted(
+                count, "is a duplicate; it is kept", "are duplicates; they are kept"
+            )
+            notes.append(said)
         if account.control_text.count:
+            who = ledger.counted(account.control_text.count, "holds", "hold")
             notes.append(
-                f"{account.control_text.count:,} rows hold one of the tokenizer's own tokens as text, "
-                f"which the model reads as the token (first: {account.control_text.first[0]})"
+                f"{who} one of the tokenizer's own tokens as text, which the model reads as the token "
+                f"(first: {account.control_text.first[0]})"
+            )
+        for name, count in self.templates.items():
+            notes.append(
+                f"{ledger.counted(count, 'brings', 'bring')} {name!r}, which is not read: no row chooses "
+                "its template; data.chat_template names one for all"
             )
         if with_tools and not any(
             str(tool["function"]["name"]) in self.renderer.spell(record).text
@@ -352,6 +377,17 @@ class Preparation:
         for difference, rows in self.ledger.parity["differences"].items():
             notes.append(f"training and serving differ in {rows} of "
                          f"{self.ledger.parity['checked']} rows tried: {difference}")  # fmt: skip
+
+
+def _texts(record: Record) -> Iterator[str]:
+    """Everything of a record that the tokenizer is given, as far as the row itself says it."""
+    yield record.text
+    for turn in record.turns:
+        yield turn.content
+        if turn.fields:
+            yield json.dumps(turn.fields, ensure_ascii=False)
+    if record.tools:
+        yield json.dumps(record.tools, ensure_ascii=False)
 
 
 @dataclass

@@ -112,7 +112,7 @@ class Screen:
             (ledger.over_length.dropped.count, "longer than data.max_length, dropped"),
             (ledger.over_length.shortened.count, "longer than data.max_length, shortened"),
             (ledger.over_length.split.count, "longer than data.max_length, split"),
-            (ledger.duplicates.count, "duplicates, kept"),
+            (ledger.duplicates.count, f"duplicate{'s' * (ledger.duplicates.count != 1)}, kept"),
             (ledger.rejected.count, "not usable, left out; they are in rejected.jsonl"),
         ):
             if count:

@@ -15,6 +15,7 @@ from transformers import AutoTokenizer
 from qlora import data, records, table
 from qlora.errors import DataError, ModelError, RecipeError
 from qlora.ledger import Ledger
+from qlora.preparation import vocabulary_digest
 from qlora.rendering import IGNORED
 
 
@@ -123,7 +124,7 @@ def test_a_few_long_rows_are_dropped_and_listed_with_what_they_cost(make_recipe,
 
 def test_how_much_may_be_lost_is_a_setting(make_recipe, tok, tmp_path):
     path = write(tmp_path / "r.jsonl", [*ROWS[:9], LONG])
-    with pytest.raises(DataError, match=r"1 rows are longer \(first: r.jsonl:10: \d+ tokens\)"):
+    with pytest.raises(DataError, match=r"1 row is longer \(first: r.jsonl:10: \d+ tokens\)"):
         prepare(make_recipe(data__train=path, data__held_out_fraction=0.0), tok)
     recipe = make_recipe(data__train=path, data__held_out_fraction=0.0, data__max_lost_fraction=0.2)
     assert prepare(recipe, tok).ledger.train.rows == 9
@@ -143,7 +144,7 @@ def test_each_policy_for_long_rows_does_what_it_says(make_recipe, tok, tmp_path,
     )  # fmt: skip
     if policy == "error":
         with pytest.raises(
-            DataError, match=r"over_length is error and 1 rows.*\n  r.jsonl:41: \d+ tok"
+            DataError, match=r"over_length is error and 1 row is.*\n  r.jsonl:41: \d+ tok"
         ):
             prepare(recipe, tok)
         return
@@ -433,11 +434,50 @@ def test_one_gigantic_row_is_named_and_a_long_text_may_be_split(make_recipe, tok
     assert prepare(recipe, tok).ledger.train.rows > 3000
 
 
-def test_a_tokenizers_own_token_typed_by_somebody_is_counted(make_recipe, tok, tmp_path):
-    rows = [*ROWS, {"prompt": "What does <|im_end|> mean?", "completion": "The end."}]
-    ledger = prepare(make_recipe(data__train=write(tmp_path / "c.jsonl", rows)), tok).ledger
-    assert ledger.control_text.first == ["c.jsonl:41"]
-    assert any("1 rows hold one of the tokenizer's own tokens" in note for note in ledger.notes)
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"prompt": "What does <|im_end|> mean?", "completion": "The end."},
+        {"text": "One tale.<|im_end|>Another."},
+        {"messages": [
+            {"role": "user", "content": "Find it."},
+            {"role": "assistant", "content": "", "tool_calls": [
+                {"name": "find", "arguments": {"what": "<|im_end|>"}}]},
+            {"role": "tool", "content": "Found."}, {"role": "assistant", "content": "There."},
+        ]},
+    ],
+    ids=["question", "text", "tool call"],
+)  # fmt: skip
+def test_a_tokenizers_own_token_typed_by_somebody_is_counted(make_recipe, tok, tmp_path, row):
+    if "messages" in row:  # the embedded base's template shows no calls
+        tok.chat_template = (
+            "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}{{ m.tool_calls or '' }}"
+            "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        )
+    recipe = make_recipe(
+        data__train=write(tmp_path / "c.jsonl", [row]), data__held_out_fraction=0.0
+    )
+    ledger = prepare(recipe, tok).ledger
+    assert ledger.control_text.first == ["c.jsonl:1"]
+    assert any("1 row holds one of the tokenizer's own tokens" in note for note in ledger.notes)
+
+
+def test_a_template_that_rows_bring_is_not_read_and_that_is_said(make_recipe, tok, tmp_path):
+    brought = {"chat_template_kwargs": {"chat_template": "{{ 'mine' }}"}}
+    rows = [row | (brought if number < 3 else {}) for number, row in enumerate(ROWS)]
+    prepared = prepare(make_recipe(data__train=write(tmp_path / "rows.jsonl", rows)), tok)
+    assert prepared.train["input_ids"] == prepare(make_recipe(), tok).train["input_ids"]
+    (note,) = [note for note in prepared.ledger.notes if "chat_template_kwargs" in note]
+    assert note.startswith("3 rows bring 'chat_template_kwargs', which is not read")
+
+
+def test_a_vocabulary_is_told_by_its_tokens_and_their_ids(make_recipe, tok, tmp_path):
+    kept = prepare(make_recipe(), tok).ledger.vocabulary
+    again = AutoTokenizer.from_pretrained(BASE)
+    again.chat_template = again.pad_token = None  # of no concern to what the ids mean
+    assert vocabulary_digest(again) == kept and len(kept) == 64
+    again.add_tokens(["<|new|>"])
+    assert vocabulary_digest(again) != kept
 
 
 def test_held_out_texts_are_split_and_held_out_answers_are_never_shortened(

@@ -302,7 +302,7 @@ def test_every_row_left_out_is_listed_with_its_reason(mixed, tok, told, tmp_path
     assert re.search(r"^    m.jsonl:42: .*JSON", out, re.M)
     assert "\n    m.jsonl:43: completion is empty" in out
     assert "\n    m.jsonl:44: is also held out (held.jsonl:1)\n" in out
-    assert "  1 duplicates, kept\n    m.jsonl:41 equals m.jsonl:3\n" in out
+    assert "  1 duplicate, kept\n    m.jsonl:41 equals m.jsonl:3\n" in out
     tokens, learned = figures(tok, {"prompt": "Why? " * 90, "completion": "Because."})
     share = learned / (learned + sum(figures(tok, row)[1] for row in [*ROWS, ROWS[2]]))
     assert f"{tokens:,} tokens lost, {learned} of them supervised: {share:.1%} of all" in out
@@ -324,7 +324,7 @@ def test_a_token_typed_as_text_is_listed(make_recipe, told, tmp_path):
     rows = [*ROWS, {"prompt": "What is <|im_end|> for?", "completion": "It ends a turn."}]
     out = told(make_recipe(data__train=write(tmp_path / "c.jsonl", rows), **ALL), "--row", "41").out
     left = section(out, "left out, or worth a look")
-    assert "  1 hold one of the tokenizer's own tokens as text\n    c.jsonl:41" in left
+    assert "  1 holds one of the tokenizer's own tokens as text\n    c.jsonl:41" in left
     assert "holds one of the tokenizer's own tokens as text" in section(out, "rows")
 
 
@@ -661,7 +661,7 @@ def test_the_ledger_is_seen_before_too_much_loss_is_refused(make_recipe, told, t
     answer = told(recipe, "--html", "seen.html")
     assert answer.code == 2
     assert cells(answer.out, "rows read") == ["3"] and "l.jsonl:3: " in answer.out
-    assert re.search(r"^qlora: data.max_length is 128, and 1 rows are longer", answer.err)
+    assert re.search(r"^qlora: data.max_length is 128, and 1 row is longer", answer.err)
     assert "data.max_length=" in answer.err and "data.max_length=" not in answer.out
     assert "training would refuse this" in (tmp_path / "seen.html").read_text()
     answer = told(recipe, "--json")

@@ -22,6 +22,7 @@ SCRIPTS = ROOT / "scripts"
 COMMANDS = (
     "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "bench_load",
     "bench_plan", "bench_step", "bench_head", "bench_convergence", "gpu_suite",
+    "torture_inputs",
 )  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
@@ -41,6 +42,7 @@ BAD_ARGUMENTS = {
     "bench_head": [["--steps=0"], ["--seeds=x"], ["extra"]],
     "bench_convergence": [["--seeds=0", "1"], ["--seeds", "42"], ["--runs"]],
     "gpu_suite": [["--only", "bf61"], ["--unknown"]],
+    "torture_inputs": [["--out"], ["extra"]],
 }  # fmt: skip
 BAD = [(name, bad) for name, lists in BAD_ARGUMENTS.items() for bad in lists]
 
@@ -60,7 +62,7 @@ measure = _script("measure")
 
 
 def test_every_benchmark_is_known_here() -> None:
-    found = {path.stem for path in SCRIPTS.glob("bench_*.py")} | {"gpu_suite"}
+    found = {path.stem for path in SCRIPTS.glob("bench_*.py")} | {"gpu_suite", "torture_inputs"}
     assert found == set(COMMANDS) == set(BAD_ARGUMENTS)
 
 
