@@ -7,7 +7,8 @@ evaluation does not change what a later training step computes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import constants as hub_constants
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import nn
@@ -74,10 +76,19 @@ def read_config(recipe: Recipe) -> BaseConfig:
     """
     name, revision = recipe.model.name, recipe.model.revision
     where = configfile.locate(recipe)
+    keep_telemetry_off()
     try:
         config = AutoConfig.from_pretrained(where, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ArithmeticError, StrictDataclassError) as error:
+        if code := _own_code(recipe, error):
+            raise ModelError(code) from None
         raise ModelError(_explain(name, revision, error)) from None
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if part is not None:
+            # Which code computes is not for a downloaded file to say: these take the name of a kernel
+            # on the hub, and transformers before 5.3 fetched and ran it (CVE-2026-4372).
+            part._attn_implementation_internal = part._experts_implementation_internal = None
+            vars(part).pop("auto_map", None)
     read = BaseConfig(config, config.to_dict(), getattr(config, "_commit_hash", None))
     known = getattr(config.get_text_config(), "max_position_embeddings", None)
     configfile.require_positions(recipe, known)
@@ -129,6 +140,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         if model is None:
             revision = config.commit or recipe.model.revision
             files = weights.files(where, revision)
+            _require_inside(where, files, recipe)
             size = sum(file.stat().st_size for file in files)
             if wanted and not config.is_prequantized:
                 asked = BitsAndBytesConfig(
@@ -196,6 +208,25 @@ def spare_tables(model: Any, recipe: Recipe) -> None:
 def _where(recipe: Recipe) -> str:
     name = recipe.model.name
     return str(local_path(name)) if is_local(name) else name
+
+
+def _require_inside(where: str, files: Sequence[Path], recipe: Recipe) -> None:
+    """Refuse an index that leads out of its folder. Links within the folder may lead anywhere.
+
+    Raises:
+        ModelError: Names the file.
+    """
+    folder = os.path.normpath(where)
+    for file in files:
+        # Of the hub: below the commit's folder in the cache.
+        outside = ".." in Path(str(file).partition("snapshots")[2]).parts
+        if is_local(recipe.model.name):
+            outside = not Path(os.path.normpath(file)).is_relative_to(folder)
+        if outside:
+            raise ModelError(
+                f"model.name is {recipe.model.name!r}, but its index names {file}, which lies outside its "
+                "folder. Weights are taken from the model's own folder alone; fetch the model again."
+            )
 
 
 @contextmanager
@@ -308,15 +339,50 @@ def attention_on(card: Card, recipe: Recipe, config: BaseConfig) -> str:
 def _require_finite(model: nn.Module) -> None:
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
-        # The scales carry a NaN of the packed weights; nested scales are one level further down.
-        scales = state and (state.state2 if state.nested else state).absmax
-        tensor = parameter if scales is None else scales
+        tensors = [parameter]
+        if state is not None:
+            # The scales carry a NaN of the packed weights; nested ones one level further down, where the
+            # largest may pass over a NaN, but not the mean that was taken off them.
+            tensors = [state.state2.absmax, state.offset] if state.nested else [state.absmax]
         # aminmax carries a NaN on and, unlike isfinite, makes no copies of a large embedding.
-        if tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all():
+        if any(
+            tensor.is_floating_point() and not torch.stack(tensor.aminmax()).isfinite().all()
+            for tensor in tensors
+        ):
             raise ModelError(
                 f"{name} of the base holds values that are not finite. The download is damaged, or "
                 "the weights overflow in this compute dtype (try quant.compute_dtype: float32)."
             )
+
+
+def keep_telemetry_off() -> None:
+    """Let the libraries of the hub count nobody: TRL would report each trainer, the hub each package.
+
+    Their switch is read from the environment when huggingface_hub is imported, which may be long ago.
+    """
+    hub_constants.HF_HUB_DISABLE_TELEMETRY = True
+
+
+def _own_code(recipe: Recipe, error: Exception) -> str | None:
+    """What to say of a base that only code of its own repository could load; None of another."""
+    text, name = str(error), recipe.model.name
+    if "trust_remote_code" not in text and "does not recognize this architecture" not in text:
+        return None
+    values = configfile.read(recipe)
+    kind, named = values.get("model_type"), values.get("auto_map")
+    known = f"model.name is {name!r}, of the family {kind!r}, which transformers {version('transformers')}"
+    if not isinstance(named, dict) or not named:
+        return (
+            f"{known} does not know. Correct model_type in its config.json if that is a slip, or name a "
+            "model of another family."
+        )
+    wanted = ", ".join(sorted({str(where) for where in named.values()})[:2])
+    return (
+        f"{known} does not know: auto_map in its config.json names Python files of the repository "
+        f"({wanted}). That would be somebody's code with your rights, and such code is never run here. "
+        "Name a model of a family that transformers knows, or convert this one elsewhere, where you trust "
+        "it, to such a family with save_pretrained and name that folder."
+    )
 
 
 def _explain(name: str, revision: str, error: Exception) -> str:
@@ -333,11 +399,8 @@ def _explain(name: str, revision: str, error: Exception) -> str:
             f"{_first_line(error.__cause__ or error).rstrip('.')}. Correct that file, or fetch the model "
             "again."
         )
-    if "gated" in text.lower() or "401" in text or "403" in text:
-        return (
-            f"model.name is {name!r}, which is gated. Accept its licence on its hub page, then set "
-            "HF_TOKEN in the environment (or run `hf auth login`)."
-        )
+    if said := configfile.refusal(error):
+        return f"model.name is {name!r} (revision {revision}), {said}"
     if isinstance(error, FileNotFoundError) and error.filename:
         return (
             f"model.name is {name!r}, but {Path(error.filename).name} is missing from it: copying or "
@@ -347,11 +410,6 @@ def _explain(name: str, revision: str, error: Exception) -> str:
         return (
             f"model.name is {name!r}, but it holds no safetensors weights. Pickled .bin files are not "
             "opened, because loading them can run code. Convert it with save_pretrained first."
-        )
-    if "trust_remote_code" in text:
-        return (
-            f"model.name is {name!r}, whose repository wants to run its own code. Remote code is never "
-            "run here; choose a model that transformers itself supports."
         )
     return f"model.name is {name!r} (revision {revision}), which cannot be loaded: {_first_line(error)}"
 

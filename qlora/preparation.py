@@ -231,6 +231,7 @@ class Preparation:
         account = self.asked_account if given else self.ledger.sources[side.source]
         chunk = Chunk(side, side.source, account)
         spelled = []
+        self.renderer.expect([example.record for example in side.examples])
         for example in side.examples:
             try:
                 spelled.append(self.renderer.spell(example.record))

@@ -8,6 +8,7 @@ train is decoded again and held against what was said. A row for which any of th
 from __future__ import annotations
 
 import re
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 from qlora import tokenizer
 from qlora.errors import DataError
 from qlora.records import Record
+from qlora.tokenizer import Asked
 
 IGNORED = -100  # the label that every loss of the field skips
+AHEAD_CHARS = 2**22  # of texts that are made at once, before they are needed
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +85,10 @@ class Renderer:
                 "never learn to stop. Name another template in data.chat_template."
             )
         self.closing_text: str = tok.convert_ids_to_tokens(self.closing)
+        self._expected: deque[Record] = deque()
+        self._ahead: dict[int, Record] = {}  # records whose texts are there, by id
+        self._texts: dict[tuple[int, int | None, bool], str | DataError] = {}
+        self._opens = False  # whether prompts were seen to end with what answers lack
 
     # --- what the model is asked
 
@@ -113,6 +120,10 @@ class Renderer:
         if isinstance(row, DataError):
             raise row
         return row
+
+    def expect(self, records: Sequence[Record]) -> None:
+        """Say which records are spelled next, and in this order: their texts are made many at once."""
+        self._expected = deque(records)
 
     def spell(self, record: Record) -> Spelled:
         """The record's text and where its answers stand in it: all that needs the template.
@@ -214,6 +225,7 @@ class Renderer:
     # --- the chat template
 
     def _spell_chat(self, record: Record) -> Spelled:
+        self._look_ahead(record)
         text = self._render(record)
         last = max(i for i, turn in enumerate(record.turns) if turn.role == "assistant")
         stretches = []
@@ -283,6 +295,10 @@ class Renderer:
         if text.startswith(before):
             return len(before)
         # Some prompts end with an opened thinking block that a given answer does not have.
+        if not self._opens:
+            self._opens = True
+            coming = self._ahead.values()
+            self._have([(one, turn, False) for one in coming for turn in _answers(one)])
         turns = self._render(record, index)
         if not text.startswith(turns):
             raise DataError(
@@ -314,8 +330,48 @@ class Renderer:
             )
         return Stretch(first, last, index, False)
 
+    def _look_ahead(self, record: Record) -> None:
+        """Have ready what spelling this record asks for, and the ones that are expected after it."""
+        if id(record) in self._ahead:
+            return
+        self._ahead, self._texts, chars = {id(record): record}, {}, _cost(record)
+        if chars > AHEAD_CHARS:
+            self._ahead = {}  # its texts are made when they are needed
+        if self._expected and self._expected[0] is record:
+            self._expected.popleft()
+            while self._expected and (chars := chars + _cost(self._expected[0])) <= AHEAD_CHARS:
+                one = self._expected.popleft()
+                self._ahead[id(one)] = one
+        coming = self._ahead.values()
+        wanted: list[tuple[Record, int | None, bool]] = [(one, None, False) for one in coming]
+        wanted += [(one, turn, True) for one in coming for turn in _answers(one)]
+        if self._opens:
+            wanted += [(one, turn, False) for one in coming for turn in _answers(one)]
+        self._have(wanted)
+
+    def _have(self, wanted: Sequence[tuple[Record, int | None, bool]]) -> None:
+        asked = [Asked(one.turns[:turns], one.tools, reply) for one, turns, reply in wanted]
+        for (one, *rest), text in zip(wanted, tokenizer.render_all(self.tok, asked), strict=True):
+            self._texts[(id(one), *rest)] = text
+
     def _render(self, record: Record, turns: int | None = None, *, reply: bool = False) -> str:
-        return tokenizer.render(self.tok, record.turns[:turns], record.tools, reply=reply)
+        text = None
+        if id(record) in self._ahead:
+            text = self._texts.get((id(record), turns, reply))
+        if text is None:
+            return tokenizer.render(self.tok, record.turns[:turns], record.tools, reply=reply)
+        if isinstance(text, DataError):
+            raise text
+        return text
+
+
+def _answers(record: Record) -> list[int]:
+    return [index for index, turn in enumerate(record.turns) if turn.role == "assistant"]
+
+
+def _cost(record: Record) -> int:
+    """Characters, about, of all the texts that spelling a record asks for."""
+    return sum(len(turn.content) for turn in record.turns) * (len(_answers(record)) + 1)
 
 
 def _token_at(encoding: Any, characters: range) -> int | None:

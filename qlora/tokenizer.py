@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2.exceptions import TemplateError
 from transformers import AutoTokenizer
 
+from qlora import templates
 from qlora.errors import DataError, ModelError
 from qlora.recipe import is_local, local_path
 from qlora.records import Turn
 from qlora.settings import Recipe
 
-MAX_TEMPLATE_CHARS = 64 * 1024
+_ORIGIN = "chat_template_origin"  # an attribute of ours: what the template is called in an error
 
 # Tokens that model families reserve for padding, in the order of preference. Never a new token: the
 # embedding would have to grow.
@@ -40,10 +41,17 @@ def load(recipe: Recipe, commit: str | None = None) -> tuple[Any, str]:
         tokenizer = AutoTokenizer.from_pretrained(
             where, revision=commit or recipe.model.revision, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         first = str(error).splitlines()[0] if str(error) else type(error).__name__
         if "backend tokenizer" in first:  # a list of what to install follows; it is not that
             first = "there is no tokenizer.json beside it. Fetch the whole model again."
+        if "custom code" in first or "trust_remote_code" in first:
+            first = (
+                "auto_map in its tokenizer_config.json names Python files of the repository. That would be "
+                "somebody's code with your rights, and such code is never run here. Name a model whose "
+                "tokenizer transformers knows, or convert this one elsewhere, where you trust it, with "
+                "save_pretrained and name that folder."
+            )
         raise ModelError(
             f"model.name is {name!r}, whose tokenizer cannot be loaded: {first}"
         ) from None
@@ -57,11 +65,24 @@ def load(recipe: Recipe, commit: str | None = None) -> tuple[Any, str]:
             f"model.name is {name!r}, whose tokenizer has no end-of-text token, so the model could "
             "never learn to stop. Set eos_token in its tokenizer_config.json."
         )
+    for own in _templates(tokenizer):
+        templates.require_small(own, f"model.name is {name!r}: its chat template")
     if recipe.data.chat_template is not None:
-        tokenizer.chat_template = _read_template(local_path(recipe.data.chat_template))
+        file = local_path(recipe.data.chat_template)
+        tokenizer.chat_template = _read_template(file)
+        setattr(tokenizer, _ORIGIN, f"data.chat_template is {str(file)!r}")
     note = _choose_pad(tokenizer)
     tokenizer.padding_side = "right"
     return tokenizer, note
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """A rendering: some turns, what tools the template shows, and whether the assistant speaks next."""
+
+    turns: Sequence[Turn]
+    tools: Sequence[Mapping[str, Any]] = ()
+    reply: bool = False
 
 
 def render(
@@ -75,20 +96,62 @@ def render(
 
     Raises:
         DataError: The template refuses these turns (many refuse a system turn).
+        ModelError: As :func:`render_all`.
     """
-    try:
-        text = tokenizer.apply_chat_template(
-            [turn.message() for turn in turns],
-            tools=list(tools) or None,
-            tokenize=False,
-            add_generation_prompt=reply,
-        )
-    except (TemplateError, TypeError) as error:
-        raise DataError(
-            f"the chat template refuses the turns {[turn.role for turn in turns]}: {error}"
-        ) from None
-    assert isinstance(text, str)
+    (text,) = render_all(tokenizer, [Asked(turns, tools, reply)])
+    if isinstance(text, DataError):
+        raise text
     return text
+
+
+def render_all(tokenizer: Any, asked: Sequence[Asked]) -> list[str | DataError]:
+    """Many renderings at once, which is several times faster; refusals in their places.
+
+    Raises:
+        ModelError: The template is unreadable or too large, or went beyond the limits of
+            :mod:`qlora.templates` on one of them.
+    """
+    texts: list[str | DataError] = [""] * len(asked)
+    special = dict(tokenizer.special_tokens_map)
+    turns = {id(turn): turn for one in asked for turn in one.turns}  # many share them
+    said = {key: turn.message() for key, turn in turns.items()}
+    for tools in (False, True):  # some tokenizers have a template of its own for tools
+        chosen = [i for i, one in enumerate(asked) if bool(one.tools) is tools]
+        if not chosen:
+            continue
+        variables = [
+            {
+                **special,
+                "messages": [said[id(turn)] for turn in asked[i].turns],
+                "tools": list(asked[i].tools) or None,
+                "documents": None,
+                "add_generation_prompt": asked[i].reply,
+            }
+            for i in chosen
+        ]
+        try:
+            template = tokenizer.get_chat_template(tools=[{}] if tools else None)
+        except ValueError as error:  # several, and none of them the default
+            raise ModelError(f"{_origin(tokenizer)}: {error}") from None
+        found = templates.render(template, variables, _origin(tokenizer))
+        for i, text in zip(chosen, found, strict=True):
+            if isinstance(text, templates.Refused):
+                roles = [turn.role for turn in asked[i].turns]
+                texts[i] = DataError(f"the chat template refuses the turns {roles}: {text}")
+            else:
+                texts[i] = text
+    return texts
+
+
+def _templates(tokenizer: Any) -> list[str]:
+    """The templates that came with a tokenizer: none, one, or several by name."""
+    found = tokenizer.chat_template
+    return [text for text in (found.values() if isinstance(found, dict) else [found]) if text]
+
+
+def _origin(tokenizer: Any) -> str:
+    """What an error calls the chat template."""
+    return getattr(tokenizer, _ORIGIN, None) or f"the chat template of {tokenizer.name_or_path!r}"
 
 
 def require_template(tokenizer: Any, why: str) -> None:
@@ -150,10 +213,7 @@ def _read_template(path: Path) -> str:
         raise ModelError(
             f"data.chat_template is {str(path)!r}, which cannot be read: {error}"
         ) from None
-    if len(text) > MAX_TEMPLATE_CHARS:
-        raise ModelError(
-            f"data.chat_template: {len(text):,} characters; at most {MAX_TEMPLATE_CHARS:,}."
-        )
+    templates.require_small(text, f"data.chat_template is {str(path)!r}")
     if not re.search(r"{[{%]", text):
         raise ModelError(f"data.chat_template is {str(path)!r}, which holds no Jinja expression.")
     return text
