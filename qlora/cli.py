@@ -39,7 +39,9 @@ def main() -> None:
     try:
         app(_with_resume_filled_in(sys.argv[1:]))
     except QLoRAError as error:
-        print(f"qlora: {error}", file=sys.stderr)
+        from qlora import redact
+
+        print(f"qlora: {redact.clean(str(error))}", file=sys.stderr)
         raise SystemExit(error.exit_code) from None
 
 
@@ -108,9 +110,12 @@ def train(
 
     loaded = load_recipe(recipe, overrides or ())
     try:
-        from qlora import trainer
+        from qlora import hub
 
-        trainer.train(loaded, resume=resume, allow_change=allow_change or (), budget=budget)
+        with hub.door(loaded):  # a dead hub is told of before anything slow is imported
+            from qlora import trainer
+
+            trainer.train(loaded, resume=resume, allow_change=allow_change or (), budget=budget)
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
 
@@ -186,6 +191,7 @@ def data(
     loaded = load_recipe(recipe, overrides or ())
     from rich.console import Console
 
+    from qlora import hub
     from qlora import preview as story
     from qlora.data import require_little_lost
     from qlora.screen import Screen
@@ -194,7 +200,8 @@ def data(
         story.require_page(html)
     if isinstance(sys.stdout, io.TextIOWrapper):  # a row may hold what the terminal cannot write
         sys.stdout.reconfigure(errors="backslashreplace")
-    seen = story.preview(loaded, Screen(Console(stderr=True)).track, rows=rows, row=row)
+    with hub.door(loaded):
+        seen = story.preview(loaded, Screen(Console(stderr=True)).track, rows=rows, row=row)
     if as_json:
         print(json.dumps(seen.to_json(), indent=2))
     else:

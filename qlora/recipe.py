@@ -9,15 +9,15 @@ from __future__ import annotations
 import difflib
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from qlora import cookbook, document, sources
+from qlora import cookbook, document, redact, sources
 from qlora.errors import DataError, RecipeError
-from qlora.places import expanded, shown
+from qlora.places import expanded, is_dir, is_file, is_there, shown
 from qlora.settings import Recipe, Source
 
 EMBEDDED = "embedded:"  # scheme of what ships inside the package
@@ -114,7 +114,7 @@ def is_local(name: str) -> bool:
     >>> is_local("./base"), is_local("embedded:base"), is_local("Qwen/Qwen3-8B")
     (True, True, False)
     """
-    return name.startswith((EMBEDDED, "./", "../", "/", "~")) or expanded(name).exists()
+    return name.startswith((EMBEDDED, "./", "../", "/", "~")) or is_there(expanded(name))
 
 
 def local_path(name: str) -> Path:
@@ -134,7 +134,7 @@ def _anchor(values: dict[str, Any], folder: Path) -> None:
     model = values.get("model")
     if isinstance(model, dict) and isinstance(model.get("name"), str):
         name = model["name"]
-        if name and (name.startswith(("./", "../", "~")) or (folder / name).is_dir()):
+        if name and (name.startswith(("./", "../", "~")) or is_dir(folder / name)):
             model["name"] = _absolute(name, folder)
 
 
@@ -182,10 +182,23 @@ def _validate(
     lines: Mapping[tuple[str, ...], int],
     overrides: Sequence[str],
 ) -> Recipe:
+    overridden = {tuple(o.partition("=")[0].strip().split(".")) for o in overrides}
+
+    def place(address: document.Address) -> str:
+        """Where it was written: the command line, or the file and its line."""
+        ours = any(address[:n] in overridden for n in range(1, len(address) + 1))
+        if ours or (
+            address and address[:1] not in lines and any(o[:1] == address[:1] for o in overridden)
+        ):
+            return "command line"
+        written = (lines[address[:n]] for n in range(len(address), 0, -1) if address[:n] in lines)
+        line = next(written, 0)
+        return f"{origin}:{line}" if line else origin
+
+    _refuse_secrets(values, place)
     try:
         recipe = Recipe.model_validate(values)
     except ValidationError as error:
-        overridden = {tuple(o.partition("=")[0].strip().split(".")) for o in overrides}
         seen: dict[str, None] = {}
         problems = error.errors()
         inside = {problem["loc"][:n] for problem in problems for n in range(len(problem["loc"]))}
@@ -202,23 +215,33 @@ def _validate(
                 continue
             kinds = (_NAME, "Source", *_LAYERS)
             address = tuple(str(part) for part in problem["loc"] if part not in kinds)
-            ours = any(address[:n] in overridden for n in range(1, len(address) + 1))
-            if ours or (
-                address
-                and address[:1] not in lines
-                and any(o[:1] == address[:1] for o in overridden)
-            ):
-                where = "command line"
-            elif line := next(
-                (lines[address[:n]] for n in range(len(address), 0, -1) if address[:n] in lines), 0
-            ):
-                where = f"{origin}:{line}"
-            else:
-                where = origin
-            seen[f"{where}: {_sentence(problem, address)}"] = None
+            if problem["type"] == "value_error":
+                address = _blamed(str(problem["ctx"]["error"]), lines, overridden) or address
+            seen[f"{place(address)}: {_sentence(problem, address)}"] = None
         raise RecipeError("\n".join(seen)) from None
-    _refuse_secrets(recipe.model_dump(mode="json"), (), origin)
     return recipe
+
+
+def _refuse_secrets(values: Mapping[str, Any], place: Callable[[document.Address], str]) -> None:
+    """A recipe is copied into every run and shared; it must not carry keys.
+
+    Looked for before anything else is, because other messages repeat what they found.
+    """
+    problems = [
+        f"{place(address)}: {'.'.join(address)!r} looks like a secret. Recipes are copied into every "
+        "run; take it out and put tokens in the environment (HF_TOKEN, WANDB_API_KEY)."
+        for address in redact.find(values)
+    ]
+    if problems:
+        raise RecipeError("\n".join(problems))
+
+
+def _blamed(
+    said: str, lines: Mapping[document.Address, int], overridden: Collection[document.Address]
+) -> document.Address:
+    """Which of the settings that a check names was written: on the command line, or else in the file."""
+    named = [tuple(name.split(".")) for name in re.findall(r"\b[a-z]+(?:\.[a-z]\w*)+", said)]
+    return next((n for n in named if n in overridden), next((n for n in named if n in lines), ()))
 
 
 def _sentence(problem: Any, address: tuple[str, ...]) -> str:
@@ -300,9 +323,16 @@ def _require_files(recipe: Recipe, origin: str) -> None:
     wanted.append(("data.chat_template", recipe.data.chat_template))
     missing = []
     for key, name in wanted:
-        if name is None or name.startswith(HUB) or local_path(name).is_file():
+        if name is None or name.startswith(HUB) or is_file(local_path(name)):
             continue
-        if sources.is_pattern(name) and key != "data.chat_template":
+        if is_dir(local_path(name)):
+            advice = (
+                "Name a Jinja file"
+                if key == "data.chat_template"
+                else f"Name the files in it, such as {shown(local_path(name) / '*.jsonl')}"
+            )
+            missing.append(f"{origin}: {key} names {name!r}, which is a folder. {advice}.")
+        elif sources.is_pattern(name) and key != "data.chat_template":
             try:
                 sources.expand(local_path(name))
             except DataError as error:
@@ -312,7 +342,7 @@ def _require_files(recipe: Recipe, origin: str) -> None:
                 f"{origin}: {key} names {name!r}, which is not there.{_nearby(local_path(name))}"
             )
     name = recipe.model.name
-    if is_local(name) and not local_path(name).exists():
+    if is_local(name) and not is_there(local_path(name)):
         what = "there is embedded:base" if name.startswith(EMBEDDED) else "no such folder"
         missing.append(f"{origin}: model.name is {name!r}, which is not there: {what}.")
     if missing:
@@ -320,27 +350,11 @@ def _require_files(recipe: Recipe, origin: str) -> None:
 
 
 def _nearby(path: Path) -> str:
-    if not path.parent.is_dir():
+    if not is_dir(path.parent):
         return f" The folder {shown(path.parent)} does not exist either."
-    near = difflib.get_close_matches(
-        path.name, [p.name for p in path.parent.iterdir()], n=1, cutoff=0.75
-    )
+    try:
+        beside = [p.name for p in path.parent.iterdir()]
+    except OSError:  # a folder that is closed to us
+        return ""
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.75)
     return f" Did you mean {near[0]!r}?" if near else ""
-
-
-_SECRET = re.compile(r"^(hf_[A-Za-z0-9]{30,}|[0-9a-f]{40}|sk-[\w-]{16,})$")
-
-
-def _refuse_secrets(value: object, address: tuple[str, ...], origin: str) -> None:
-    """A recipe is copied into every run and shared; it must not carry keys."""
-    if isinstance(value, dict):
-        for key, inner in value.items():
-            _refuse_secrets(inner, (*address, str(key)), origin)
-    elif isinstance(value, list):
-        for item in value:
-            _refuse_secrets(item, address, origin)
-    elif isinstance(value, str) and _SECRET.match(value) and address[-1] != "revision":
-        raise RecipeError(
-            f"{origin}: {'.'.join(address)!r} looks like a secret. Recipes are copied into every "
-            "run; put tokens in the environment (HF_TOKEN, WANDB_API_KEY)."
-        )

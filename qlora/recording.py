@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import qlora
-from qlora import cards, hardware, identity, rundir, sft, table, verdict
+from qlora import cards, hardware, identity, redact, rundir, sft, table, verdict
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.fitting import Fitted
@@ -37,16 +37,18 @@ def record(
         shutil.copy(prepared.rejected, run.dir / "rejected.jsonl")
     rundir.write_json(
         run.dir / "environment.json",
-        {
-            "qlora": qlora.__version__,
-            "packages": _packages(),
-            "python": platform.python_version(),
-            "platform": platform.platform(),
-            "card": dataclasses.asdict(card),
-            "cuda": torch.version.cuda,
-            "threads": torch.get_num_threads(),
-            "base": facts,
-        },
+        redact.cleaned(
+            {
+                "qlora": qlora.__version__,
+                "packages": _packages(),
+                "python": platform.python_version(),
+                "platform": platform.platform(),
+                "card": dataclasses.asdict(card),
+                "cuda": torch.version.cuda,
+                "threads": torch.get_num_threads(),
+                "base": facts,
+            }
+        ),
     )
 
 
@@ -68,7 +70,8 @@ def identity_of(
         "tokenizer": _sha256(tok.backend_tokenizer.to_str()),
         "template": _sha256(str(tok.chat_template or "")),
         "rows_per_step": sft.rows_per_step(recipe),
-        "optimizer": cards.optimizer(recipe, card),
+        # Where its state lies, in pages or not, changes no number of it.
+        "optimizer": cards.optimizer(recipe, card).removeprefix("paged_"),
         "compute_dtype": cards.compute_dtype(recipe, card),
         "packages": {"qlora": qlora.__version__} | _packages(),
         "python": platform.python_version(),

@@ -30,6 +30,7 @@ OWNERS = {
     "trl": {"sft"},
     "datasets": {"table"},
     "wandb": {"tracking"},
+    "tensorboard": {"tracking"},
     "yaml": {"document"},
     "pydantic": {"settings", "recipe"},
     "typer": {"cli"},
