@@ -2,10 +2,11 @@
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOCKED := $(BIN)/python -m pip install --disable-pip-version-check --require-hashes --no-deps
 TRITON := .triton# beside .venv: what torch 2.13.0 wants of it on CUDA, and a CPU build is better without
 
 .DEFAULT_GOAL := help
-.PHONY: help setup dev quickstart test kernels check lint format types doctor table base tickets bench lock clean
+.PHONY: help setup dev quickstart test kernels fuzz check lint format types doctor table base tickets bench lock clean
 
 help: ## list the targets
 	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
@@ -21,7 +22,7 @@ test: dev ## the whole test suite (no network, no GPU needed)
 	$(BIN)/python -m pytest
 
 kernels: dev ## the Triton kernels without a card: interpreted, and compiled by triton's own ptxas
-	test -d $(TRITON) || $(BIN)/python -m pip install --disable-pip-version-check --no-deps --target $(TRITON) triton==3.7.1
+	test -d $(TRITON) || sed -n '/^triton==/,/[^\\]$$/p' requirements-cuda.lock | $(LOCKED) --target $(TRITON) -r /dev/stdin
 	PYTHONPATH=$(TRITON) $(BIN)/python -m pytest tests/test_triton_ops.py
 
 check: lint types test ## what must pass before a change lands: lint, format, types, tests
@@ -61,7 +62,10 @@ bench: setup ## the benchmarks that need no GPU
 	$(BIN)/python scripts/bench_convergence.py
 	$(BIN)/python scripts/bench_quickstart.py
 
-lock: dev ## write the locks from what is installed in .venv
+fuzz: setup $(VENV)/.installed-tools ## a minute of malformed recipes and rows: only our own errors may come out
+	$(BIN)/python scripts/fuzz_readers.py --seconds 60 --seed 1
+
+lock: dev $(VENV)/.installed-tools ## write the locks, with hashes, from what is installed in .venv
 	$(BIN)/python scripts/write_locks.py
 
 clean: ## remove .venv, caches and runs
@@ -73,11 +77,21 @@ $(VENV)/bin/python:
 	  { echo "make: $$($(PYTHON) --version) found; Python 3.11 or newer is needed: make PYTHON=python3.12"; exit 2; }
 	$(PYTHON) -m venv $(VENV)
 
-$(VENV)/.installed: requirements.lock pyproject.toml | $(VENV)/bin/python
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements.lock
+# Every file is checked against its hash. pip prefers the registry's torch; one that lies on this machine
+# (pip's find-links) is taken first, if its hash is known. A torch built for CUDA names its libraries, which
+# have a lock of their own, because a CPU build does not want their gigabytes.
+$(VENV)/.installed: requirements.lock requirements-torch.lock requirements-cuda.lock pyproject.toml | $(VENV)/bin/python
+	$(LOCKED) -r requirements.lock
+	$(LOCKED) --no-index -r requirements-torch.lock >/dev/null 2>&1 || $(LOCKED) -r requirements-torch.lock
+	! grep -q '^Requires-Dist: nvidia-' $(VENV)/lib/python*/site-packages/torch-*.dist-info/METADATA || \
+	  $(LOCKED) -r requirements-cuda.lock
 	$(BIN)/python -m pip install --disable-pip-version-check --no-deps --no-build-isolation -e .
 	@touch $@
 
 $(VENV)/.installed-dev: requirements-dev.lock $(VENV)/.installed
-	$(BIN)/python -m pip install --disable-pip-version-check -r requirements-dev.lock
+	$(LOCKED) -r requirements-dev.lock
+	@touch $@
+
+$(VENV)/.installed-tools: requirements-tools.lock $(VENV)/.installed
+	$(LOCKED) -r requirements-tools.lock
 	@touch $@

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from qlora.errors import RecipeError
-from qlora.places import expanded
+from qlora.places import expanded, is_dir, is_file
 
 
 @dataclass(frozen=True)
@@ -39,12 +39,12 @@ def find(source: str | Path) -> Path:
         RecipeError: Neither a file nor a known name; the nearest name is given.
     """
     path = expanded(source)
-    if path.is_file():
+    if is_file(path):
         return path
     named = {entry.name: entry.path for entry in entries()}
     if str(source) in named:
         return named[str(source)]
-    if path.is_dir():
+    if is_dir(path):
         raise RecipeError(f"{source}: a folder; expected a recipe file or a shipped recipe's name.")
     near = difflib.get_close_matches(path.stem or str(source), named, n=1)
     hint = f" Did you mean {near[0]!r}?" if near else ""

@@ -71,8 +71,9 @@ def stream(path: Path, origin: str | None = None) -> Iterator[Row | Bad]:
             container, a ``.json`` or ``.csv`` that cannot be parsed any further, or no rows at all.
     """
     origin = origin or path.name or str(path)
-    if path.is_dir():
+    if os.path.isdir(path):  # noqa: PTH112 - Path.is_dir raises for a name that is too long
         raise DataError(f"{origin}: a folder; name the data files in it.")
+    _refuse_nul(path)
     kind, packing = _ending(path)
     if kind not in ENDINGS or (packing and kind in _TABLES):
         raise DataError(
@@ -154,18 +155,25 @@ def expand(name: str | Path) -> list[Path]:
     What exists under exactly this name is meant literally.
 
     Raises:
-        DataError: A pattern that matches no file.
+        DataError: A pattern that matches no file, or cannot.
     """
     path = Path(name)
-    if not is_pattern(name) or path.exists():
+    if not is_pattern(name) or os.path.exists(path):  # noqa: PTH110 - Path.exists raises, as is_dir
         return [path]
+    _refuse_nul(path)
     names = glob.glob(str(path), recursive=True)  # noqa: PTH207 - Path.glob takes hidden files too
-    found = sorted(match for match in map(Path, names) if match.is_file())
+    found = sorted(Path(match) for match in names if os.path.isfile(match))  # noqa: PTH113
     if not found:
-        folder = next(parent for parent in path.parents if not is_pattern(parent)).resolve()
-        there = "" if folder.is_dir() else ", which does not exist"
+        plain = next(parent for parent in path.parents if not is_pattern(parent))
+        folder = Path(os.path.realpath(plain))  # Path.resolve raises for links in a circle
+        there = "" if os.path.isdir(folder) else ", which does not exist"  # noqa: PTH112
         raise DataError(f"the pattern {str(name)!r} matches no file. Looked in {folder}{there}.")
     return found
+
+
+def _refuse_nul(path: Path) -> None:
+    if "\0" in str(path):
+        raise DataError(f"{str(path)!r}: no file can have a name with a NUL character in it.")
 
 
 def _ending(path: Path) -> tuple[str, str]:
