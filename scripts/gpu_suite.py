@@ -34,6 +34,7 @@ from unittest import mock
 import gpu_longest
 import gpu_operators
 import gpu_plan
+import gpu_recovery
 import gpu_step
 import gpu_weights
 import measure
@@ -465,6 +466,31 @@ def paged_optimizer(site: Site) -> dict[str, Any]:
     return dict(found)
 
 
+def paged_resume(site: Site) -> dict[str, Any]:
+    """A resumed run's optimizer state is paged again: bitsandbytes loads it into the card's own memory."""
+    # Matrices of less than 100,000 weights are not paged: a rank that makes them larger.
+    asked = ("lora.r=1024", "lora.lora_alpha=1024", "train.optim=paged_adamw_8bit")
+    recipe = quickstart(site, "pages", *SHORT, *asked, "train.max_steps=4", "train.save_steps=2")
+    found = gpu_recovery.resumed_with_pages(recipe, train)
+    first, second = found["paged"]
+    require(first > 0, "nothing was paged in the first place")
+    require(first == second, f"{first} states were paged before the resume and {second} after it")
+    return found
+
+
+def relief(site: Site) -> dict[str, Any]:
+    """A step that finds no memory is taken again in smaller passes, to the same loss."""
+    import torch
+
+    recipes = [quickstart(site, name, *SHORT, "train.max_steps=5") for name in ("fed", "hungry")]
+    found = gpu_recovery.relieved(*recipes, train)
+    require(found["oom_retries"] == 1, f"memory ran out {found['oom_retries']} times, not once")
+    tolerance = 2e-2 if torch.cuda.is_available() else 1e-4  # 16-bit products, summed otherwise
+    difference = found["largest_loss_difference"]
+    require(difference <= tolerance, f"the losses differ by {difference:.1e}")
+    return found | {"summary": f"losses differ by {difference:.1e} after: {found['error']}"}
+
+
 def fp16(site: Site) -> dict[str, Any]:
     """The T4's path: fp16 compute with a gradient scaler trains, and its loss falls."""
     asked = ["quant.compute_dtype=float16", "train.max_steps=40", "train.logging_steps=1"]
@@ -738,6 +764,8 @@ CHECKS: tuple[Check, ...] = (
     Check("base-unchanged", base_unchanged, needs_card=False),
     Check("adapter-fp32", adapter_stays_fp32, needs_card=False),
     Check("paged-optimizer", paged_optimizer, needs_card=True),
+    Check("paged-resume", paged_resume, needs_card=True),
+    Check("relief", relief, needs_card=False),
     Check("fp16", fp16, needs_card=True),
     Check("quickstart", whole_quickstart, needs_card=False),
     Check("nf4-load", nf4_load, needs_card=False),

@@ -30,7 +30,7 @@ def _suite() -> ModuleType:
 suite = _suite()
 CHECKS: dict[str, Any] = {check.name: check for check in suite.CHECKS}
 REHEARSED = (
-    "census", "evaluation-between", "base-unchanged", "adapter-fp32", "nf4-load",
+    "census", "evaluation-between", "base-unchanged", "adapter-fp32", "relief", "nf4-load",
     "plan-by-measured", "plan-verdicts", "kernels", "operators", "attention", "step:8b", "longest:8b",
     "14b-in-12gb",
 )  # fmt: skip
@@ -149,6 +149,6 @@ def test_a_failed_and_a_broken_check_do_not_cost_the_others(site: Any) -> None:
 
 def test_checks_are_chosen_by_name_and_an_unknown_name_is_refused() -> None:
     assert [check.name for check in suite.chosen(["fp16", "census"])] == ["census", "fp16"]
-    assert len(suite.chosen(None)) == len(CHECKS) == 26
+    assert len(suite.chosen(None)) == len(CHECKS) == 28
     with pytest.raises(ValueError, match="no check is called bf61"):
         suite.chosen(["bf61"])

@@ -59,9 +59,9 @@ def say(monkeypatch, *words: str) -> None:
 
 def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, capsys):
     commands = [shlex.split(line)[1:] for line in SHELL if line.startswith("qlora ")]
-    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes", "cache", "plan"}
+    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes", "plan"}
     assert {words[0] for words in commands} == verbs
-    assert len(commands) == 18
+    assert len(commands) == 15
     for words in commands:
         words = [str(BASE) if word == "Qwen/Qwen3-8B" else word for word in words]
         if "--resume" in words:

@@ -44,7 +44,7 @@ def test_every_training_setting_is_covered_by_the_test_above(make_recipe):
     fields = set(type(make_recipe().train).model_fields)
     elsewhere = {
         "activation_checkpointing", "activation_offload", "fit", "rehearse", "sft_config", "kernels",
-        "levels", "mlp_tile", "embedding_offload",
+        "levels", "mlp_tile", "embedding_offload", "spike_factor", "after_bad_steps", "oom_retries",
     }  # fmt: skip
     assert fields == set(CHANGED) | elsewhere
 
