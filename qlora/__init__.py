@@ -4,7 +4,7 @@ The house has four floors. A module imports along its own floor or from a floor 
 one above; the ground floor never imports torch. A test reads this map and holds the code to it.
 
     3 front door   cli, __main__
-    2 stories      planning, trainer, fusing, sft, rehearsal, dress, evaluation, chat, doctor, draft,
+    2 stories      planning, trainer, ready, fusing, sft, rehearsal, dress, evaluation, chat, doctor, draft,
                    selftest, invariance, preview, accounting, page, resuming, recording, verdict
     1 machinery    hardware, bnb, nf4, weights, loader, adapter, attention, kernels, offload,
                    phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,

@@ -312,6 +312,7 @@ def verify_alive(
 
     Raises:
         CheckpointError: B is all zero, the file differs from memory, or the logits do.
+        TrainingDiverged: The logits are not finite.
     """
     _require_adapter(folder)
     called = called or folder
@@ -343,6 +344,12 @@ def verify_alive(
         "tuned_against_base": float((in_memory - of_base).abs().max()),
         "largest_b": largest_b,
     }
+    if not bool(in_memory.isfinite().all()):  # the disk is not to blame
+        raise TrainingDiverged(
+            f"{called}: with this adapter the logits of a row of the data are not finite any more; it is "
+            "not kept. Lower train.learning_rate or raise train.warmup_steps, and resume from the last "
+            "checkpoint."
+        )
     # Equal weights give equal logits up to the order of a kernel's sums.
     tolerance = 1e-3 * max(1.0, float(in_memory.abs().max()))
     if not report["disk_against_memory"] <= tolerance:

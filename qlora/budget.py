@@ -1,8 +1,9 @@
 """A run that ends in time: steps and schedule are fitted to a limit on the clock.
 
-The pace is measured, not predicted. After the first steps, and again whenever the number of steps since
-has doubled, the steps that still fit are counted and the schedule is laid over them, so that a cosine ends
-at its end. When the clock says so the run stops earlier: what comes after training is kept free.
+The pace is measured, not predicted. After the first steps, again whenever the number of steps since has
+doubled, and whenever steps have become too slow for those that are left, the steps that still fit are
+counted and the schedule is laid over them, so that a cosine ends at its end. When the clock says so the
+run stops earlier: what comes after training is kept free.
 """
 
 from __future__ import annotations
@@ -56,9 +57,11 @@ class Budget(TrainerCallback):
         self.total: int | None = None
         self.trainer: Any = None  # set when it is built
         self.ended_early = False
+        self._fitted: int | None = None  # the total, by this process
         self._taken = 0
         self._next_fit = FIRST_FIT
         self._warm = 0.0
+        self._began = 0.0  # the step
 
     def left(self) -> float:
         """Seconds until training must end; infinite without a limit."""
@@ -72,32 +75,40 @@ class Budget(TrainerCallback):
         Raises:
             RecipeError: Nothing is left for a step.
         """
-        self._taken = 0
+        self._taken, self._next_fit = 0, FIRST_FIT
         if self.left() <= 0:
             raise RecipeError(
                 f"--budget {duration(self.seconds or 0)}: loading and measuring took all of it, but "
                 f"{duration(self.afterwards())} that the end of the run needs. Give it more time, or ask "
                 "for fewer answers (eval.generate)."
             )
-        if self.total is not None and self.deadline is None:
+        if self.deadline is not None:
+            self.total = self._fitted  # to this limit, before a step back; an earlier one is over
+        if self.total is not None:
             self._lay(self.total, state)
             self.screen.say("budget", f"on over the {self.total:,} steps that were fitted before")
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        self._began = time.monotonic()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         if self.deadline is None:
             return
         self._taken += 1
+        now = time.monotonic()
         if self._taken == WARM_UP:
-            self._warm = time.monotonic()
+            self._warm = now
         since = self._taken - WARM_UP
-        if since < 1:
-            pace = 0.0
-        else:
-            pace = (time.monotonic() - self._warm) / since
+        pace = (now - self._warm) / since if since > 0 else 0.0  # evaluations and saves included
+        too_many = (state.max_steps - state.global_step) * pace > self.left()
         if since >= self._next_fit:
             self._next_fit *= 2
             self._fit(pace, state)
-        if state.global_step < state.max_steps and self.left() < 1.5 * pace:
+        elif since >= FIRST_FIT and too_many:
+            self._fit(pace, state)
+        # Where steps get slower, the next one is like the last.
+        needed = 1.5 * max(pace, now - self._began) if since > 0 else 0.0
+        if state.global_step < state.max_steps and self.left() < needed:
             self.ended_early = True
             self.screen.say("budget", f"no time for another step after {state.global_step:,}")
         if self.ended_early or state.global_step >= state.max_steps:
@@ -109,6 +120,7 @@ class Budget(TrainerCallback):
         total = max(min(self.trainer.total_steps, possible), state.global_step)
         if total == state.max_steps:
             return
+        self._fitted = total
         self._lay(total, state)
         of = self.trainer.total_steps
         self.screen.say(
@@ -126,7 +138,8 @@ class Budget(TrainerCallback):
         self.expect(total)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"total": self.total}
+        return {"total": self.total, "of": self.trainer.total_steps}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.total = state["total"]
+        # Fitted to steps that the recipe does not have any more, if a change of them was allowed.
+        self.total = state["total"] if state["of"] == self.trainer.total_steps else None

@@ -75,6 +75,7 @@ class TrackedProgress(TrainerCallback):
         self._began = 0.0
         self._tokens_before = 0  # the step
         self._unwritten = 0  # lines that the disk did not take
+        self._torn = False  # the last one
         self._bar: Progress | None = None
         self._task = TaskID(0)
 
@@ -177,20 +178,23 @@ class TrackedProgress(TrainerCallback):
             line["peak_tokens"] = self.timeline.peak_tokens
             line["memory"] = self.timeline.held(model, optimizer)
             self._show(line, state)
-        if "train_runtime" not in logs:  # the Trainer's own summary, of this process alone
-            self.write(line)
-            self.tracker.log({k: v for k, v in line.items() if k != "step"}, state.global_step)
+        if "train_runtime" in logs and state.global_step < state.max_steps:
+            return  # the Trainer sums up what a signal ends, too
+        self.write(line)
+        self.tracker.log({k: v for k, v in line.items() if k != "step"}, state.global_step)
 
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; a disk that does not take it is told of once and stops nothing."""
         try:
             with self.path.open("a", encoding="utf-8") as file:
                 # After a torn line a new one begins, or both would be lost.
-                file.write("\n" * bool(self._unwritten) + json.dumps(line, allow_nan=False) + "\n")
+                file.write("\n" * self._torn + json.dumps(line, allow_nan=False) + "\n")
+            self._torn = False
         except OSError as error:
             if not self._unwritten:
                 self.screen.say("metrics", f"{self.path.name} cannot be written: {error.strerror}")
             self._unwritten += 1
+            self._torn = True
 
     def state_dict(self) -> dict[str, Any]:
         seen = self.timeline

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,7 +32,7 @@ def first_non_finite(model: nn.Module) -> Iterator[Finding]:
         return hook
 
     hooks = [
-        module.register_forward_hook(hook_of(_plain(name) or "the model"))
+        module.register_forward_hook(hook_of(plain(name) or "the model"))
         for name, module in model.named_modules()
     ]
     try:
@@ -40,6 +40,17 @@ def first_non_finite(model: nn.Module) -> Iterator[Finding]:
     finally:
         for hook in hooks:
             hook.remove()
+
+
+def last_non_finite(named: Sequence[tuple[str, torch.Tensor | None]]) -> str:
+    """The weight, of some with their gradients, that lost its gradient first; empty if none did.
+
+    The gradient flows backwards: that is the last of them.
+    """
+    lost = (
+        n for n, grad in reversed(named) if grad is not None and not bool(grad.isfinite().all())
+    )
+    return plain(next(lost, ""))
 
 
 def _tensors(output: Any) -> Iterator[torch.Tensor]:
@@ -54,7 +65,7 @@ def _tensors(output: Any) -> Iterator[torch.Tensor]:
             yield from _tensors(value)
 
 
-def _plain(name: str) -> str:
-    return (
-        name.removeprefix("base_model.model.").removeprefix("base_model").replace(".base_layer", "")
-    )
+def plain(name: str) -> str:
+    """A module's or weight's name as the base names it, without peft's wrappers; empty for the model."""
+    bare = f"{name}.".removeprefix("base_model.model.").removeprefix("base_model.")
+    return bare.removesuffix(".").replace(".base_layer", "").replace(".default", "")

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from qlora import diagnosis
 from qlora.errors import TrainingDiverged
 from qlora.screen import Screen
 from qlora.settings import Recipe
@@ -46,7 +47,7 @@ class StepGuard(TrainerCallback):
         rate: What the recipe's learning rate is multiplied by, after steps back.
         skipped: Steps that were left out.
         scale: The gradient scaler's value now; None without one.
-        blame: Finds the first layer that computes what is no number.
+        blame: Finds where the step computes what is no number.
     """
 
     def __init__(
@@ -133,9 +134,9 @@ class StepGuard(TrainerCallback):
     def _where(self, model: Any, loss: float) -> str:
         if math.isfinite(loss):
             named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-            # Backwards as the gradient flows: the last layer that has none was the first to lose it.
-            last = next((n for n, grad in reversed(named) if not bool(grad.isfinite().all())), None)
-            return "" if last is None else f"first in the gradient of {last}"
+            # Clipping by a norm that is NaN makes all of them NaN: then they tell nothing.
+            if any(bool(grad.isfinite().all()) for _, grad in named):
+                return f"first in the gradient of {diagnosis.last_non_finite(named)}"
         return self.blame()
 
     def _skip(self, step: int, what: str, rows: list[int], where: str) -> None:
@@ -189,7 +190,8 @@ class StepGuard(TrainerCallback):
         # A checkpoint from before a step back knows nothing of it.
         self.rate = min(self.rate, state["rate"])
         self.roll_backs = max(self.roll_backs, state["roll_backs"])
-        self.skipped = max(self.skipped, state["skipped"])
+        # What was left out after it is taken again, and metrics.jsonl knows of it no more.
+        self.skipped = state["skipped"]
         self._in_a_row = state["in_a_row"] if self.roll_backs == state["roll_backs"] else 0
         self._good = deque(state["good"], maxlen=WINDOW)
 

@@ -70,10 +70,13 @@ def ran_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     said = str(error) if isinstance(error, RuntimeError) else ""
-    return any(
-        words in said
-        for words in ("_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "DefaultCPUAllocator:")
-    )
+    return any(words in said for words in _OUT)
+
+
+_OUT = (
+    "_STATUS_ALLOC_FAILED", "CUDA error: out of memory", "CUDA driver error: out of memory",
+    "Triton Error [CUDA]: out of memory", "DefaultCPUAllocator:",
+)  # fmt: skip
 
 
 def _kib(text: str) -> int:

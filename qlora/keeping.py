@@ -115,7 +115,8 @@ class Keeper(TrainerCallback):
             self._failed(step, getattr(error, "strerror", None) or str(error))
         else:
             self._failures = 0
-            store.rotate(self.run.checkpoints, self.keep)
+            self.restart_optimizer = False  # from here on they hold this one's state
+            store.rotate(self.run.checkpoints, self.keep, checkpoint)
             self.then(checkpoint)
         self._saved = time.monotonic()
         self.longest_save = max(self.longest_save, self._saved - began)
@@ -162,7 +163,7 @@ class Keeper(TrainerCallback):
         Raises:
             CheckpointError: It is not of this model, or its state cannot be read.
         """
-        self._state = statefile.read(checkpoint)
+        self._state = _state_in(checkpoint)
         self._missing = set(_PARTS)
         adapter.restore(trainer.model, checkpoint)
         self._missing.remove("weights")
@@ -203,11 +204,13 @@ class Keeper(TrainerCallback):
 
     def finished(self, trainer: Any, checkpoint: Path) -> bool:
         """Whether a checkpoint is of the last step; then its weights are put back, and that is all."""
-        budget = statefile.read(checkpoint)["observers"]["budget"]
-        if store.step_of(checkpoint) < (budget["total"] or trainer.total_steps):
+        budget: Any = self.observers["budget"]
+        budget.load_state_dict(_state_in(checkpoint)["observers"]["budget"])
+        if store.step_of(checkpoint) < (budget.total or trainer.total_steps):
             return False
         self.weights(trainer, checkpoint)
         self._observers()
+        trainer.state = state_of(checkpoint)  # what is measured now is of the last step
         self._missing, self._state = set(), {}
         return True
 
@@ -219,6 +222,17 @@ class Keeper(TrainerCallback):
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
         assert not self._missing, f"resumed without {sorted(self._missing)}"
+
+
+def _state_in(checkpoint: Path) -> dict[str, Any]:
+    state = statefile.read(checkpoint)
+    missing = sorted(_PARTS - {"weights"} - state.keys())
+    if missing:
+        raise CheckpointError(
+            f"{checkpoint}: it holds no state of {', '.join(missing)}: another version of qlora wrote it. "
+            "Resume with that version, or start the run again."
+        )
+    return state
 
 
 def bytes_needed(trainer: Any) -> int:

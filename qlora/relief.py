@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -79,9 +79,7 @@ class Relief:
             )
             raise DoesNotFit(f"{memory.explain_out_of_memory(self.plan, when)}\n{why}")
         self.times += 1
-        halves = [
-            half for some in _split(failed, self.rows) for half in passes(self.collator(some))
-        ]
+        halves = self._halves(failed)
         shapes = ", ".join(half.shape for half in halves)
         self.screen.say(
             "memory",
@@ -89,6 +87,18 @@ class Relief:
             f"({self.times} of {self.limit} times). {_way_down(self.plan)}",
         )
         return [*steps[:at], *halves, *steps[at + 1 :]]
+
+    def _halves(self, failed: Pass) -> list[Pass]:
+        """The rows of a pass in smaller ones: of half its sequences, or its only one in two."""
+        sequences = failed.batch["input_ids"].shape[0]
+        if sequences == 1:  # packed or flat, of several rows
+            return [
+                half for some in _split(failed, self.rows) for half in passes(self.collator(some))
+            ]
+        # By rows would not do: two halves of the rows of packed sequences may be as wide as all of them.
+        layout = replace(self.collator.layout, sequences=(sequences + 1) // 2)
+        collator = Collator(layout, self.collator.pad_token_id, self.collator.multiple)
+        return passes(collator([self.rows[i] for i in failed.rows]))
 
     def free(self) -> None:
         """Give back what the failed pass still holds."""
@@ -110,9 +120,14 @@ class Relief:
 
 
 def _split(failed: Pass, rows: Any) -> list[list[dict[str, Any]]]:
-    """Its rows in two halves of about as many tokens."""
-    held = sorted((rows[i] for i in failed.rows), key=lambda row: -len(row["input_ids"]))
-    return [held[0::2], held[1::2]]
+    """Its rows in two halves of about as many tokens: the next longest row goes where fewer are."""
+    halves: list[list[dict[str, Any]]] = [[], []]
+    tokens = [0, 0]
+    for row in sorted((rows[i] for i in failed.rows), key=lambda row: -len(row["input_ids"])):
+        into = tokens.index(min(tokens))
+        halves[into].append(row)
+        tokens[into] += len(row["input_ids"])
+    return halves
 
 
 def _way_down(plan: Plan) -> str:

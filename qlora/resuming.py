@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
+import errno
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from qlora import identity, mirror, rundir, store
-from qlora.errors import CheckpointError
+from qlora import identity, keeping, mirror, rundir, statefile, store
+from qlora.errors import CheckpointError, QLoRAError
 from qlora.places import expanded
 from qlora.recipe import load_recipe
 from qlora.rundir import Run
 from qlora.screen import Screen
 from qlora.settings import Recipe
 
+_OF_THE_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EROFS)
 NEWEST = "newest"  # of the recipe's runs
 
 
@@ -79,7 +82,11 @@ def newest(places: list[Path]) -> Run:
     """
     passed = []
     for run in _newest_first(places):
-        copies = _copies(run)
+        try:
+            copies = _copies(run)
+        except QLoRAError as error:
+            passed.append(f"{run.dir} cannot be read: {str(error).splitlines()[0]}")
+            continue
         if any(one.is_complete for one in copies):
             passed.append(f"{run.dir} has finished")
         elif mirror.newest_of(copies) is None:
@@ -95,7 +102,12 @@ def newest(places: list[Path]) -> Run:
 
 
 def _newest_first(places: list[Path]) -> Iterator[Run]:
-    found = {run.dir.name: run for place in reversed(places) for run in rundir.runs_below(place)}
+    # One run and its copy are of one name and start; an earlier place goes first.
+    found = {
+        (run.dir.parent.name, run.dir.name): run
+        for place in reversed(places)
+        for run in rundir.runs_below(place.resolve())
+    }
     yield from sorted(found.values(), key=lambda run: rundir.started(run.dir), reverse=True)
 
 
@@ -113,35 +125,82 @@ def _take_up(found: Run, allowed: Collection[str], screen: Screen) -> Claimed:
             + (f" ({looked.story})" if looked.story else "")
             + ". Start the run again."
         )
-    with rundir.locked(home):
+    with rundir.locked(home), disk_errors_told(home):
+        store.sweep(home.dir)
         store.sweep(home.checkpoints)
         here = store.look(home.checkpoints)
         for path, why in here.damaged:
             screen.say("resume", f"{path.name} is damaged and passed over: {why}")
-        store.put_aside(here)
         source, checkpoint = best
+        was = _identity_of(checkpoint)
+        store.put_aside(here)
         if source.dir != home.dir:
             screen.say("resume", f"{checkpoint.name} is brought home from {source.dir}")
-            mirror.copy_files(source, home)
-            (home.dir / mirror.MARK).unlink(missing_ok=True)
-            checkpoint = mirror.copy_checkpoint(checkpoint, home)
-        rundir.rewind(home, store.step_of(checkpoint))
+            checkpoint = _bring_home(source, checkpoint, home)
+        if not rundir.rewind(home, store.step_of(checkpoint)):
+            screen.say(
+                "resume",
+                f"metrics.jsonl is not as it was at {checkpoint.name}: lines that can be read are kept",
+            )
         shutil.rmtree(home.adapter, ignore_errors=True)  # without a result.json never the product
     screen.say("resume", f"{home.dir} from {checkpoint.name}")
-    return Claimed(home, checkpoint, rundir.read_json(checkpoint / "identity.json"), allowed)
+    return Claimed(home, checkpoint, was, allowed)
+
+
+def _identity_of(checkpoint: Path) -> dict[str, Any]:
+    """What the run of a checkpoint was.
+
+    Raises:
+        CheckpointError: It was written by a version of qlora that kept its state otherwise.
+    """
+    if not (checkpoint / keeping.IDENTITY).is_file():
+        raise CheckpointError(
+            f"{checkpoint}: it does not say of which run it is ({keeping.IDENTITY} is missing): another "
+            "version of qlora wrote it. Resume with that version, or start the run again."
+        )
+    statefile.require_format(checkpoint)
+    return rundir.read_json(checkpoint / keeping.IDENTITY)
+
+
+def _bring_home(source: Run, checkpoint: Path, home: Run) -> Path:
+    try:
+        mirror.copy_files(source, home)
+        return mirror.copy_checkpoint(checkpoint, home)
+    except OSError as error:
+        raise CheckpointError(
+            f"{checkpoint} cannot be brought home to {home.dir}: {error.strerror or error}. Mend that, "
+            "then resume again: the copy is as it was."
+        ) from None
 
 
 def _copies(found: Run) -> list[Run]:
     """The places of one run, home first: where it is written, its mirror, and where it was found."""
     recipe = load_recipe(found.recipe_file)
     home = found
-    if (found.dir / mirror.MARK).is_file():
-        home = Run(mirror.place_of(found, recipe.run.dir))
+    if mirror.is_copy(found):
+        home = mirror.original_of(found) or Run(mirror.place_of(found, recipe.run.dir))
     places = [home, found]
     if recipe.run.mirror:
         places.append(Run(mirror.place_of(found, recipe.run.mirror)))
     unique = {run.dir.resolve(): run for run in reversed(places)}
     return [home, *(run for run in unique.values() if run.dir.resolve() != home.dir.resolve())]
+
+
+@contextmanager
+def disk_errors_told(run: Run) -> Iterator[None]:
+    """In this block a disk that is full or fails is told as what it is, with the way on.
+
+    Raises:
+        CheckpointError: In place of such an OSError.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _OF_THE_DISK:
+            raise
+        kept = store.newest(run.checkpoints)
+        way = last_words(run) if kept else "Free some space, then start again."
+        raise CheckpointError(f"{run.dir}: cannot be written: {error.strerror}.\n{way}") from None
 
 
 def last_words(run: Run) -> str:

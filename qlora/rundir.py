@@ -22,6 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +32,7 @@ from qlora.errors import CheckpointError, RecipeError
 from qlora.places import expanded
 
 MANIFEST = "manifest.json"
+_ASIDE: set[Path] = set()  # folders that are being written and get their names when they are synced
 _START = re.compile(r"^\d{8}-\d{6}(-\d+)?$")
 
 
@@ -70,19 +72,56 @@ class Run:
 
     def metrics(self) -> list[dict[str, Any]]:
         """The log lines so far, oldest first; what a crash or a full disk tore is left out."""
+        return [line for line in self._lines() if line is not None]
+
+    def _lines(self) -> list[dict[str, Any] | None]:
+        """Every line that was ended; None for one that nobody can have written."""
         path = self.dir / "metrics.jsonl"
-        lines = path.read_text(encoding="utf-8").split("\n")[:-1] if path.is_file() else []
-        found = []
-        for line in lines:
-            with suppress(ValueError):
-                found.append(json.loads(line))
+        text = path.read_text(encoding="utf-8", errors="replace") if path.is_file() else ""
+        found: list[dict[str, Any] | None] = []
+        for line in filter(None, text.split("\n")[:-1]):
+            value = None
+            with suppress(ValueError, RecursionError):
+                value = json.loads(line)
+            whole = isinstance(value, dict) and type(value.get("step")) is int
+            found.append(value if whole else None)
         return found
 
 
-def rewind(run: Run, step: int) -> None:
-    """Drop the metrics of steps after a checkpoint: a resumed run takes those steps again."""
-    kept = [line for line in run.metrics() if line["step"] <= step]
-    write_text(run.dir / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+def rewind(run: Run, step: int) -> bool:
+    """Drop the metrics of after a checkpoint: a resumed run takes those steps again.
+
+    Returns:
+        Whether those of before are as they were when it was written. If not, lines that can be read are
+        kept.
+    """
+    path, whole, text = run.dir / "metrics.jsonl", True, None
+    with suppress(CheckpointError):
+        then = read_json(run.checkpoints / f"checkpoint-{step}" / MANIFEST).get("metrics")
+        if then is not None:
+            data = path.read_bytes()[: then["bytes"]] if path.is_file() else b""
+            whole = hashlib.sha256(data).hexdigest() == then["sha256"]
+            if whole:  # a line that a full disk tore ends here
+                text = data.decode("utf-8") + "\n" * (data[-1:] not in (b"", b"\n"))
+    if text is None:
+        kept = [line for line in run.metrics() if line["step"] <= step]
+        text = "".join(json.dumps(line) + "\n" for line in kept)
+    write_text(path, text)
+    return whole
+
+
+def sync_metrics(run: Run) -> dict[str, Any]:
+    """Have the disk hold the metrics so far: what is written after them must not outlive them.
+
+    Returns:
+        Their size and SHA-256, for :func:`rewind`.
+    """
+    path = run.dir / "metrics.jsonl"
+    if not path.is_file():
+        return {"bytes": 0, "sha256": hashlib.sha256(b"").hexdigest()}
+    sync_file(path)
+    _sync_folder(run.dir)
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def create(folder: Path, name: str) -> Run:
@@ -100,7 +139,7 @@ def create(folder: Path, name: str) -> Run:
     for attempt in range(1, 100):
         path = root / name / (stamp if attempt == 1 else f"{stamp}-{attempt}")
         try:
-            path.mkdir(parents=True)
+            make_folder(path, exist_ok=False)
             (path / ".probe").write_bytes(b"x" * 4096)
             (path / ".probe").unlink()
         except FileExistsError:
@@ -188,15 +227,34 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
+def make_folder(path: Path, *, exist_ok: bool = True) -> None:
+    """Create a folder and those above it, so that no power cut takes what is kept in it later."""
+    missing = [folder for folder in (path, *path.parents) if not folder.exists()]
+    path.mkdir(parents=True, exist_ok=exist_ok)
+    for folder in missing:
+        _sync_folder(folder.parent)
+
+
 def write_text(path: Path, text: str) -> None:
-    """Replace a file so that a reader, or a crash at any point, sees the old text or the new."""
+    """Replace a file so that a reader, or a crash at any point, sees the old text or the new.
+
+    In a folder of :func:`writing_aside` the disk is not waited for: it is when that gets its name.
+    """
+    waits = _ASIDE.isdisjoint(path.parents)
     aside = path.with_name(f".{path.name}.part")
-    with aside.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
-    _sync_folder(path.parent)
+    try:
+        with aside.open("w", encoding="utf-8") as file:
+            file.write(text)
+            if waits:
+                file.flush()
+                os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        with suppress(OSError):
+            aside.unlink()  # on a full disk even this is room
+        raise
+    if waits:
+        _sync_folder(path.parent)
 
 
 def write_json(path: Path, value: object) -> None:
@@ -213,12 +271,15 @@ def writing_aside(final: Path, *, replace: bool = False) -> Iterator[Path]:
     """
     aside = final.with_name(f".{final.name}.{host()}.{os.getpid()}.part")
     shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    make_folder(aside.parent)
+    aside.mkdir()
     try:
-        yield aside
-        for path in aside.rglob("*"):
-            if path.is_file():
-                sync_file(path)
+        _ASIDE.add(aside)
+        try:
+            yield aside
+        finally:
+            _ASIDE.remove(aside)
+        _sync_files([path for path in aside.rglob("*") if path.is_file()])
         if os.name == "posix":
             for path in [aside, *aside.rglob("*")]:
                 if path.is_dir():
@@ -254,14 +315,21 @@ def host() -> str:
     return re.sub(r"[^A-Za-z0-9_-]+", "-", platform.node())[:64] or "-"
 
 
-def seal(checkpoint: Path) -> None:
-    """Write the manifest that makes a checkpoint complete: size and SHA-256 of each file, fsynced."""
-    files = {}
-    for path in sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST):
-        sync_file(path)
-        name = path.relative_to(checkpoint).as_posix()
-        files[name] = {"bytes": path.stat().st_size, "sha256": sha256(path)}
-    write_json(checkpoint / MANIFEST, {"files": files})
+def seal(checkpoint: Path, **facts: Any) -> None:
+    """Write the manifest that makes a checkpoint complete: size and SHA-256 of each file, fsynced.
+
+    ``facts`` stand in the manifest, too.
+    """
+    paths = sorted(p for p in checkpoint.rglob("*") if p.is_file() and p.name != MANIFEST)
+    with ThreadPoolExecutor(4) as pool:
+        synced = pool.submit(_sync_files, paths)  # the disk writes while files are hashed
+        sums = list(pool.map(sha256, paths))
+        synced.result()
+    files = {
+        path.relative_to(checkpoint).as_posix(): {"bytes": path.stat().st_size, "sha256": found}
+        for path, found in zip(paths, sums, strict=True)
+    }
+    write_json(checkpoint / MANIFEST, facts | {"files": files})
 
 
 def defect(checkpoint: Path) -> str | None:
@@ -286,6 +354,13 @@ def defect(checkpoint: Path) -> str | None:
 def sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync_files(paths: list[Path]) -> None:
+    """:func:`sync_file` of each; a file system's journal is then written once for many."""
+    with ThreadPoolExecutor(8) as pool:
+        for _ in pool.map(sync_file, paths):
+            pass
 
 
 def sync_file(path: Path) -> None:

@@ -21,7 +21,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from qlora import adapter, data, fitting, hardware, loader, memory, packing, sft, tokenizer, trainer
+from qlora import adapter, data, fitting, hardware, loader, memory, packing, ready, sft, tokenizer
 from qlora.cards import Card
 from qlora.data import Prepared
 from qlora.errors import DataError, DoesNotFit, SelfTestFailed
@@ -62,7 +62,7 @@ def examine(recipe: Recipe, console: Console) -> Report:
     base = loader.load_base(recipe, card, config, bars=screen.live)
     for note in base.notes:
         screen.say("base", note)
-    fresh = trainer.new_tokens(base.model, recipe, prepared, screen)
+    fresh = ready.new_tokens(base.model, recipe, prepared, screen)
     model = adapter.attach(base.model, _variant(recipe, REFERENCE), fresh)
     randomise_b(model, recipe.train.seed)
     dropped = _without_dropout(model)

@@ -36,7 +36,7 @@ from qlora.kernels.loss import Head, linear_cross_entropy
 from qlora.offload import InputsOnHost
 from qlora.packing import Collator, Layout
 from qlora.prefetch import Prefetcher
-from qlora.relief import Relief, passes
+from qlora.relief import Pass, Relief, passes
 from qlora.rendering import IGNORED
 from qlora.rundir import Run
 from qlora.settings import Recipe
@@ -71,7 +71,7 @@ class RowTrainer(SFTTrainer):
     offloads = False  # of the inputs of recomputed layers
     head: Head | None = None  # of the fused loss of qlora.kernels, where that is used
     _held_out_sums: list[tuple[float, int]]
-    _step: dict[str, Any]
+    _passes: Sequence[Pass] = ()  # of the present step, as they fitted
     _phase = ""
     _random: dict[str, Any]  # as it was when the step began
 
@@ -107,8 +107,8 @@ class RowTrainer(SFTTrainer):
         lie. Every pass divides its sum of losses by the supervised tokens of the whole step. If memory runs
         out, the step begins anew, from the same random state, with the pass that did not fit in two.
         """
-        self._step, self._random = inputs, randomness.take()
-        steps = passes(inputs)
+        self._random = randomness.take()
+        self._passes = steps = passes(inputs)
         losses: list[torch.Tensor] = []
         while True:
             try:
@@ -124,6 +124,7 @@ class RowTrainer(SFTTrainer):
                     raise
             # Outside of the handler: the error holds on to the frames, and they to the tensors.
             steps = self.relief.halve(steps, len(losses), self.state.global_step + 1, self._phase)
+            self._passes = steps
             losses = []
             model.zero_grad()
             self.relief.free()
@@ -132,22 +133,50 @@ class RowTrainer(SFTTrainer):
                 observer.again()
 
     def blame(self) -> str:
-        """The first module whose output is no finite number, when the present step is taken once more."""
+        """Where the present step loses its numbers first, when it is taken once more.
+
+        The first module whose output is no finite number; if all are, the first weight that way back whose
+        gradient is none. Weights, gradients, random state and modes stay as they are.
+        """
         now = randomness.take()
         randomness.put(self._random)
         try:
-            with diagnosis.first_non_finite(self.model) as found, torch.no_grad():
-                for batch in self._step["micro_batches"]:
-                    with self.compute_loss_context_manager():
-                        moved = self._prepare_inputs(batch)
-                        loss = self.compute_loss(self.model, moved, num_items_in_batch=1)
-                    if found.name:
-                        return f"first in the output of {found.name}"
-                    if not bool(loss.isfinite()):
-                        return "first in the loss itself"
-            return "a second forward pass of it is finite"
+            return self._first_lost()
+        except (RuntimeError, MemoryError) as error:
+            if not hardware.ran_out_of_memory(error):
+                raise
+            return "no memory is left to look for the layer"
         finally:
             randomness.put(now)
+
+    def _first_lost(self) -> str:
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        for one in self._passes:
+            before = randomness.take()
+            # Without gradients a fused layer is passed module by module, and named as closely.
+            for mode in (torch.no_grad(), nullcontext()):
+                randomness.put(before)  # of dropout: the same pass
+                with diagnosis.first_non_finite(self.model) as found, mode:
+                    loss = self._loss_again(one.batch)
+                if found.name:
+                    return f"first in the output of {found.name}"
+                if not bool(loss.isfinite()):
+                    return "first in the loss itself"
+            # Not by backward(): that would add to the gradients that are there.
+            grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+            lost = diagnosis.last_non_finite(
+                [(n, g) for (n, _), g in zip(named, grads, strict=True)]
+            )
+            if lost:
+                return f"first in the gradient of {lost}"
+        return "a second pass of it is finite"
+
+    def _loss_again(self, batch: dict[str, Any]) -> torch.Tensor:
+        with self.compute_loss_context_manager():
+            loss: torch.Tensor = self.compute_loss(
+                self.model, self._prepare_inputs(batch), num_items_in_batch=1
+            )
+        return loss
 
     def _save_checkpoint(self, model: Any, trial: Any) -> None:
         if self.keeper is not None:
@@ -282,6 +311,9 @@ class RowTrainer(SFTTrainer):
         self.optimizer_cls_and_kwargs = None
         self.model_wrapped = self.model
         self.model.zero_grad()
+        if (scaler := self.accelerator.scaler) is not None:
+            # It holds what it found of the old optimizer's gradients, under an id that can be used again.
+            scaler.update(scaler.get_scale())
 
     def schedule_over(self, steps: int) -> list[Any]:
         """The recipe's schedule over another number of steps: factors of the peak rate by step."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ from qlora.errors import CheckpointError
 
 TREE, TENSORS = "state.json", "state.safetensors"
 FORMAT = 1
+# What safetensors 0.8 and torch both hold. Complex numbers are left out: no optimizer keeps any.
+DTYPES = (
+    torch.bool, torch.uint8, torch.int8, torch.uint16, torch.int16, torch.uint32, torch.int32,
+    torch.uint64, torch.int64, torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.bfloat16,
+    torch.float32, torch.float64,
+)  # fmt: skip
 
 
 def write(folder: Path, tree: dict[str, Any]) -> None:
@@ -34,6 +41,11 @@ def write(folder: Path, tree: dict[str, Any]) -> None:
     tensors: dict[str, torch.Tensor] = {}
     names: dict[tuple[Any, ...], str] = {}
     said = {"format": FORMAT, "tree": _encode(tree, "state", tensors, names)}
+    # safetensors refuses tensors that share memory. Copying all would take longer than writing them.
+    held = Counter(tensor.untyped_storage().data_ptr() for tensor in tensors.values())
+    for name, tensor in tensors.items():
+        if held[tensor.untyped_storage().data_ptr()] > 1:
+            tensors[name] = tensor.clone()
     try:
         save_file(tensors, folder / TENSORS)
     except SafetensorError as error:
@@ -47,18 +59,31 @@ def read(folder: Path) -> dict[str, Any]:
     Raises:
         CheckpointError: A file is missing, torn, or of another format.
     """
-    said = rundir.read_json(folder / TREE)
-    if said.get("format") != FORMAT:
-        raise CheckpointError(
-            f"{folder / TREE}: its format is {said.get('format')!r}; this version of qlora reads {FORMAT}."
-        )
+    said = require_format(folder)
     try:
         tree = _decode(said["tree"], load_file(folder / TENSORS))
-    except (SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError) as error:
+    except (
+        SafetensorError, OSError, KeyError, TypeError, ValueError, IndexError, RecursionError
+    ) as error:  # fmt: skip
         raise CheckpointError(f"{folder}: its state cannot be read: {error}.") from None
     if not isinstance(tree, dict):
         raise CheckpointError(f"{folder / TREE}: expected a dictionary.")
     return tree
+
+
+def require_format(folder: Path) -> dict[str, Any]:
+    """What ``state.json`` says, if it is of the format that is written here.
+
+    Raises:
+        CheckpointError: It is of another one, or cannot be read.
+    """
+    said = rundir.read_json(folder / TREE)
+    if said.get("format") != FORMAT:
+        raise CheckpointError(
+            f"{folder / TREE}: its format is {said.get('format')!r}; this version of qlora reads {FORMAT}. "
+            "Resume with the version that wrote it, or start the run again."
+        )
+    return said
 
 
 def _encode(
@@ -73,12 +98,17 @@ def _encode(
     if isinstance(value, np.integer):
         return int(value)
     if isinstance(value, np.ndarray):
-        return [
-            "array",
-            _name(torch.from_numpy(value.astype(np.int64)), tensors, names),
-            str(value.dtype),
-        ]
+        if value.dtype.kind not in "biuf":
+            raise CheckpointError(f"{at} is an array of {value.dtype}; {_ADVICE}")
+        # Its bytes: torch knows fewer dtypes, and each a value that another one rounds.
+        name = f"{len(tensors):06d}"
+        tensors[name] = torch.frombuffer(bytearray(value.tobytes() or b"-"), dtype=torch.uint8)
+        return ["array", name, value.dtype.str, list(value.shape)]
     if isinstance(value, torch.Tensor):
+        if value.layout != torch.strided or value.is_meta or value.dtype not in DTYPES:
+            raise CheckpointError(
+                f"{at} is a tensor of {value.dtype}, {value.layout}, on {value.device}; {_ADVICE}"
+            )
         return ["tensor", _name(value.detach(), tensors, names)]
     if isinstance(value, list | tuple):
         kind = "list" if isinstance(value, list) else "tuple"
@@ -107,7 +137,7 @@ def _name(
     )  # fmt: skip
     if key not in names or not tensor.numel():
         names[key] = f"{len(tensors):06d}"
-        tensors[names[key]] = tensor.to("cpu").contiguous().clone()
+        tensors[names[key]] = tensor.to("cpu").contiguous()
     return names[key]
 
 
@@ -120,7 +150,8 @@ def _decode(value: Any, tensors: dict[str, torch.Tensor]) -> Any:
     if kind == "tensor":
         return tensors[held]
     if kind == "array":
-        return tensors[held].numpy().astype(value[2])
+        held_bytes, shape = tensors[held].numpy().tobytes(), value[3]
+        return np.frombuffer(held_bytes, value[2], math.prod(shape)).reshape(shape).copy()
     if kind == "dict":
         return {key: _decode(v, tensors) for key, v in held}
     parts = [_decode(v, tensors) for v in held]

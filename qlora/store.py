@@ -7,9 +7,11 @@ there a folder of that name that is not whole; what a disk damages later its man
 from __future__ import annotations
 
 import errno
+import os
 import re
 import shutil
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,9 +20,11 @@ from qlora.rundir import MANIFEST, host, seal, writing_aside
 
 SPARE_BYTES = 16 * 2**20  # left free beside a checkpoint: for metrics, and the adapter's tokenizer
 _NAME = re.compile(r"^checkpoint-(\d+)$")
+_STEP = re.compile(r"^\.?checkpoint-(\d+)(\.|$)")  # also of one that is being written
 _LEFTOVER = re.compile(
     r"^\.(checkpoint-\d+|adapter)\.(?P<host>.+)\.(?P<pid>\d+)\.part$|^\..+\.old$"
 )
+_TEXT = re.compile(r"^\.[^.]+\.\w+\.part$")  # of rundir.write_text
 
 
 @dataclass(frozen=True)
@@ -51,9 +55,10 @@ def write(folder: Path, step: int, fill: Callable[[Path], None]) -> Path:
         OSError: And whatever ``fill`` raises; older checkpoints are then as they were.
     """
     final = folder / f"checkpoint-{step}"
+    metrics = rundir.sync_metrics(rundir.Run(folder.parent))
     with writing_aside(final, replace=True) as aside:
         fill(aside)
-        seal(aside)
+        seal(aside, step=step, metrics=metrics)
     return final
 
 
@@ -63,7 +68,12 @@ def defect(checkpoint: Path) -> str | None:
         why = rundir.defect(checkpoint)
         if why is not None:
             return why
-        expected = {MANIFEST, *rundir.read_json(checkpoint / MANIFEST)["files"]}
+        manifest, named = rundir.read_json(checkpoint / MANIFEST), _STEP.match(checkpoint.name)
+        if named and manifest.get("step", int(named[1])) != int(named[1]):
+            return f"it is of step {manifest['step']}, not of the one in its name"
+        if not manifest["files"]:
+            return "its manifest is damaged"
+        expected = {MANIFEST, *manifest["files"]}
         found = {p.relative_to(checkpoint).as_posix() for p in checkpoint.rglob("*") if p.is_file()}
     except OSError as error:
         return f"it cannot be read: {error.strerror or error}"
@@ -98,27 +108,44 @@ def put_aside(found: Found) -> list[Path]:
     moved = []
     for path, _ in found.damaged:
         target = path.with_name(f"damaged-{path.name}")
-        shutil.rmtree(target, ignore_errors=True)
+        if target.is_dir() and not target.is_symlink():
+            shutil.rmtree(target, ignore_errors=True)
+        else:
+            target.unlink(missing_ok=True)
         moved.append(path.rename(target))
     return moved
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that are gone have left half-written."""
+    """Remove what writers that are gone have left half-written: in a run, or in its checkpoints."""
     for path in folder.glob(".*"):
         left = _LEFTOVER.match(path.name)
-        if left and not (
-            left["pid"] and left["host"] == host() and rundir.is_alive(int(left["pid"]))
-        ):
+        if left is None:
+            if _TEXT.match(path.name) and path.is_file():
+                with suppress(OSError):
+                    path.unlink()
+        elif not (left["pid"] and left["host"] == host() and _is_another(int(left["pid"]))):
             shutil.rmtree(path, ignore_errors=True)
 
 
-def rotate(folder: Path, keep: int) -> None:
+def _is_another(pid: int) -> bool:
+    """Whether another process of this machine has this number; in a container ours is often the last's."""
+    return pid != os.getpid() and rundir.is_alive(pid)
+
+
+def rotate(folder: Path, keep: int, written: Path | None = None) -> None:
     """Delete all but the newest checkpoints; called when the newest of them has just been written.
 
-    ``keep`` is 1 at least. A folder that cannot be removed is left for the next time.
+    Args:
+        folder: The run's ``checkpoints``.
+        keep: How many; 1 at least. A folder that cannot be removed is left for the next time.
+        written: The one that was. One with a later step, which only damage or a step back leaves, is
+            then not counted.
     """
-    for path in _checkpoints(folder)[max(keep, 1) :]:
+    found = _checkpoints(folder)
+    if written is not None:
+        found = [path for path in found if step_of(path) <= step_of(written)]
+    for path in found[max(keep, 1) :]:
         # Under another name first: a crash in here must leave no torn checkpoint behind.
         gone = path.with_name(f".{path.name}.old")
         try:
@@ -138,7 +165,7 @@ def require_room(folder: Path, needed: int) -> None:
     Raises:
         NoRoom: With both numbers.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    rundir.make_folder(folder)
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise NoRoom(needed + SPARE_BYTES, free)

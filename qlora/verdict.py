@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import math
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ from rich.text import Text
 
 from qlora import evaluation, rundir
 from qlora.data import Prepared
-from qlora.errors import CheckpointError
+from qlora.errors import CheckpointError, TrainingDiverged
 from qlora.evaluation import Answered
 from qlora.generation import Answer
 from qlora.screen import Screen
@@ -22,10 +26,24 @@ Measured = tuple[float | None, Answered | None]
 def measure(
     trainer: Any, model: Any, prepared: Prepared, recipe: Recipe, screen: Screen, when: str
 ) -> Measured:
-    """Held-out loss and, if asked, answers; says both in one line."""
+    """Held-out loss and, if asked, answers; says both in one line.
+
+    Raises:
+        TrainingDiverged: The loss is not a finite number.
+    """
     loss = None
     if prepared.held_out is not None:
         loss = float(trainer.evaluate()["eval_loss"])
+        if not math.isfinite(loss):
+            raise TrainingDiverged(
+                f"The held-out loss {when} training is {loss}, not a finite number. "
+                + (
+                    "The base overflows as it is: on a T4 some models do in fp16 (quant.compute_dtype: "
+                    "float32)."
+                    if when == "before"
+                    else "Lower train.learning_rate or raise train.warmup_steps."
+                )
+            )
     answered = None
     if recipe.eval.generate and prepared.held_out_examples:
         answered = evaluation.answer(
@@ -35,28 +53,47 @@ def measure(
     return loss, answered
 
 
-def keep(measured: Measured, recipe: Recipe, held_out: str, path: Path) -> None:
-    """Write what was measured, so that a resumed run need not do it again."""
+def keep(
+    measured: Measured, seconds: float, recipe: Recipe, of: Mapping[str, str], path: Path
+) -> None:
+    """Write what was measured, so that a resumed run need not do it again.
+
+    Args:
+        measured: By :func:`measure`.
+        seconds: That it took.
+        recipe: Its ``eval`` says what was asked.
+        of: Digests of what was measured on what: ``held_out`` and ``base``.
+        path: Where it is kept.
+    """
     loss, answered = measured
     found = answered and [
         {"text": a.text, "stopped": a.stopped, "right": right}
         for a, right in zip(answered.answers, answered.right, strict=True)
     ]
-    asked = recipe.eval.model_dump(mode="json")
-    rundir.write_json(path, {"held_out": held_out, "eval": asked, "loss": loss, "answers": found})
+    values = {"of": dict(of), "eval": recipe.eval.model_dump(mode="json"), "seconds": seconds}
+    kept = values | {"loss": loss, "answers": found}
+    rundir.write_json(path, kept | {"sha256": _digest(kept)})
 
 
 def recall(
-    prepared: Prepared, recipe: Recipe, held_out: str, path: Path, screen: Screen
-) -> Measured | None:
-    """What :func:`keep` wrote, if it was measured on these rows with these settings; else None."""
+    prepared: Prepared, recipe: Recipe, of: Mapping[str, str], path: Path, screen: Screen
+) -> tuple[Measured | None, float]:
+    """What :func:`keep` wrote, with the seconds it took; None if it was of other rows, base or settings.
+
+    None, too, if it is not as it was written.
+    """
     try:
         kept = rundir.read_json(path)
     except CheckpointError:
-        return None
+        kept = {}
+        if not path.is_file():
+            return None, 0.0
+    if kept.pop("sha256", None) != _digest(kept):
+        screen.say("before", f"{path.name} is damaged: measured again")
+        return None, 0.0
     asked = recipe.eval.model_dump(mode="json")
-    if kept.get("held_out") != held_out or kept.get("eval") != asked:
-        return None
+    if kept.get("of") != of or kept.get("eval") != asked:
+        return None, 0.0
     answered = None
     if kept["answers"] is not None:
         examples = [e for e in prepared.held_out_examples if e.record.turns][: recipe.eval.generate]
@@ -64,7 +101,11 @@ def recall(
         answered = Answered(examples, answers, [one["right"] for one in kept["answers"]])
     measured = (kept["loss"], answered)
     _say(measured, screen, "before")
-    return measured
+    return measured, kept["seconds"]
+
+
+def _digest(kept: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()
 
 
 def figures(measured: Measured) -> dict[str, Any]:

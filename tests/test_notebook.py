@@ -174,3 +174,48 @@ def test_the_code_that_talks_to_people_is_plain_python() -> None:
     for cell in _code(_read(QUICKSTART)):
         if cell.id != "install":
             ast.parse(cell.source)
+
+
+TRAINING = """
+import qlora
+asked = {asked!r}
+qlora.train(qlora.load_recipe("quickstart", asked))
+"""
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_the_stop_button_ends_a_training_with_its_step_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from jupyter_client.manager import start_new_kernel
+
+    from qlora import store
+
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    manager, client = start_new_kernel(kernel_name="python3", cwd=str(tmp_path))
+    asked = [
+        "train.max_steps=5000", "train.logging_steps=1", "eval.generate=0", "data.held_out=null",
+        "data.held_out_fraction=0", "run.save_every=null", "run.name=mine",
+    ]  # fmt: skip
+    try:
+        sent = client.execute(TRAINING.format(asked=asked))
+        stopped, errors = False, []
+        while True:
+            message = client.get_iopub_msg(timeout=180)
+            if message["msg_type"] == "error":
+                errors.append(message["content"])
+            ours = message["parent_header"].get("msg_id") == sent
+            if ours and message["content"].get("execution_state") == "idle":
+                break
+            metrics = [path.read_text() for path in tmp_path.glob("runs/mine/*/metrics.jsonl")]
+            if not stopped and any(text.count("\n") >= 2 for text in metrics):
+                manager.interrupt_kernel()
+                stopped = True
+    finally:
+        client.stop_channels()
+        manager.shutdown_kernel(now=True)
+    (error,) = errors
+    assert error["ename"] == "Interrupted" and "--resume" in error["evalue"]
+    (checkpoints,) = tmp_path.glob("runs/mine/*/checkpoints")
+    newest = store.newest(checkpoints)
+    assert newest is not None and newest.name in error["evalue"]
