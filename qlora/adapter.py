@@ -212,8 +212,13 @@ def save(model: PeftModel, folder: Path, base_name: str) -> None:
 
     ``base_name`` is what the recipe calls the base: peft would write where it lies on this machine.
     """
-    model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
-    (folder / "README.md").unlink(missing_ok=True)  # peft's empty card, "[More Information Needed]"
+    # peft 0.21 adds an empty card ("[More Information Needed]"), whose template takes longer than a small
+    # adapter takes to be written.
+    model.create_or_update_model_card = lambda folder: None
+    try:
+        model.save_pretrained(folder, safe_serialization=True, save_embedding_layers=False)
+    finally:
+        del model.create_or_update_model_card
     config = rundir.read_json(folder / "adapter_config.json")
     rundir.write_json(
         folder / "adapter_config.json", config | {"base_model_name_or_path": base_name}

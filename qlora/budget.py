@@ -20,7 +20,8 @@ from qlora.screen import Screen, duration
 
 WARM_UP = 2  # steps that are slower than the rest
 FIRST_FIT = 5  # steps after them, before the pace is believed
-MARGIN = 0.97  # of the time that is left: a step may be longer than the last ones
+MARGIN = 0.97  # of the time that is left: steps may be longer than the last ones
+SPARE = 0.5  # of a step, to be left when the next one begins
 
 
 class Budget(TrainerCallback):
@@ -100,14 +101,14 @@ class Budget(TrainerCallback):
             self._warm = now
         since = self._taken - WARM_UP
         pace = (now - self._warm) / since if since > 0 else 0.0  # evaluations and saves included
-        too_many = (state.max_steps - state.global_step) * pace > self.left()
+        too_many = (state.max_steps - state.global_step + SPARE) * pace > self.left()
         if since >= self._next_fit:
             self._next_fit *= 2
             self._fit(pace, state)
         elif since >= FIRST_FIT and too_many:
             self._fit(pace, state)
         # Where steps get slower, the next one is like the last.
-        needed = 1.5 * max(pace, now - self._began) if since > 0 else 0.0
+        needed = (1 + SPARE) * max(pace, now - self._began) if since > 0 else 0.0
         if state.global_step < state.max_steps and self.left() < needed:
             self.ended_early = True
             self.screen.say("budget", f"no time for another step after {state.global_step:,}")
@@ -116,7 +117,7 @@ class Budget(TrainerCallback):
             control.should_evaluate = False
 
     def _fit(self, pace: float, state: Any) -> None:
-        possible = state.global_step + int(self.left() / max(pace, 1e-6) * MARGIN)
+        possible = state.global_step + int((self.left() / max(pace, 1e-6) - SPARE) * MARGIN)
         total = max(min(self.trainer.total_steps, possible), state.global_step)
         if total == state.max_steps:
             return
