@@ -21,6 +21,7 @@ from qlora.settings import Recipe
 
 WINDOW = 64  # good steps that a loss is held against
 SEASONED = 16  # so many are needed before one can be called a spike
+HARMLESS = 1.0  # nats: where losses are near zero, a row that is merely hard is no spike
 IN_A_ROW = 3  # bad steps: what causes them does not pass by itself
 ROLL_BACKS = 3  # in a run
 SLOWER = 0.5  # the learning rate after one, as a share of that before
@@ -124,7 +125,7 @@ class StepGuard(TrainerCallback):
             return "the gradient is not a finite number"
         if self.spike_factor is not None and len(self._good) >= SEASONED:
             highest = max(self._good)
-            if loss > self.spike_factor * highest:
+            if loss > max(self.spike_factor * highest, HARMLESS):
                 return (
                     f"the loss, {loss:.4g}, is more than train.spike_factor = {self.spike_factor:g} times "
                     f"the highest of the last {len(self._good)} steps, {highest:.4g}"

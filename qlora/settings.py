@@ -329,7 +329,7 @@ class Train(_Section):
         4.0,
         gt=1,
         description="A step whose loss is more than this times the highest of the last 64 is left out, as "
-        "one whose loss or gradient is no finite number always is; null: no loss is too high.",
+        "one whose loss or gradient is no finite number always is; below 1 none is. null: none ever is.",
     )
     after_bad_steps: Literal["stop", "roll_back"] = Field(
         "stop",

@@ -69,7 +69,20 @@ def test_each_step_is_judged_alone(watch):
     assert watched.step(1.0)
     assert [taken for _, taken in watched.verdicts] == [True, True, False, True]
     assert watched.verdicts[0][0] == 3.0 and watched.guard.skipped == 1
-    assert "first in the gradient of bias" in watched.console.export_text()
+
+
+def test_a_gradient_is_named_where_others_are_finite_and_else_looked_for(watch):
+    watched = watch()
+    assert not watched.step(1.0, grad=math.nan)  # as clipping by a norm that is NaN leaves them
+    assert watched.lines[0]["where"] == "first in the output of layers.0"
+    for parameter in watched.layer.parameters():
+        parameter.grad = torch.zeros_like(parameter)
+    watched.layer.weight.grad.fill_(math.inf)
+    watched.guard.saw([0, 1], 10, 12, torch.tensor(1.0))
+    watched.guard.on_pre_optimizer_step(
+        None, SimpleNamespace(global_step=1), None, model=watched.layer
+    )
+    assert watched.lines[1]["where"] == "first in the gradient of weight"
 
 
 def test_an_infinite_gradient_under_a_scaler_is_the_scalers_business_until_it_is_at_its_end(watch):
@@ -113,6 +126,10 @@ def test_a_spike_is_left_out_once_there_is_something_to_hold_it_against(watch):
         assert watched.step(2.0)
     assert watched.step(7.9) and not watched.step(32.0)
     assert "more than train.spike_factor = 4 times the highest" in watched.console.export_text()
+    fitted = watch()
+    for _ in range(guard.SEASONED):
+        assert fitted.step(1e-4)
+    assert fitted.step(0.9) and not fitted.step(4.0), "a hard row is none"
     quiet = watch(spike_factor=None)
     for _ in range(guard.SEASONED):
         quiet.step(2.0)
@@ -137,3 +154,16 @@ def test_a_checkpoint_from_before_a_step_back_does_not_undo_it(watch):
     watched.guard.step_back()
     watched.guard.load_state_dict(before)
     assert watched.guard.rate == 0.5 and watched.guard.roll_backs == 1
+
+
+def test_steps_that_are_taken_again_after_a_step_back_are_not_left_out_any_more(watch):
+    watched = watch(after_bad_steps="roll_back")
+    watched.step(math.nan)
+    before = watched.guard.state_dict()
+    watched.step(math.nan)
+    with pytest.raises(RollBack):
+        watched.step(math.nan)
+    watched.guard.step_back()
+    watched.guard.load_state_dict(before)
+    assert watched.guard.skipped == 1  # the first one, which metrics.jsonl still has
+    assert not watched.step(math.nan) and not watched.step(math.nan)  # the count begins anew
