@@ -35,12 +35,11 @@ from peft import (
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from qlora.errors import CheckpointError, RecipeError, TrainingDiverged
+from qlora.errors import CheckpointError, RecipeError
 from qlora.settings import Recipe
 
 ALL_LINEAR = "all-linear"
 UNTRAINED = 0.25  # of the usual row's length: below it nothing was learned
-_PROBE = "read_back"
 _TOKEN_ROWS = ".trainable_tokens_delta."  # peft's name for the trained rows of an embedding
 
 
@@ -97,7 +96,7 @@ def attach(base: Any, recipe: Recipe, new_tokens: Sequence[int] = ()) -> PeftMod
         trainable_token_indices=_token_tables(base, new_tokens),
     )
     torch.manual_seed(recipe.train.seed)
-    with _quiet_peft():
+    with quiet_peft():
         model = get_peft_model(base, config)
     restore_dtype(model)
     checkpoint_layers(base, recipe.train.activation_checkpointing)
@@ -231,7 +230,7 @@ def restore(model: PeftModel, folder: Path) -> None:
     Raises:
         CheckpointError: The folder holds no adapter, or one with other matrices.
     """
-    _require_adapter(folder)
+    require_adapter(folder)
     try:
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
@@ -264,33 +263,15 @@ def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
-def require_finite(model: nn.Module, step: int) -> None:
-    """Refuse to save weights that are no numbers.
-
-    Raises:
-        TrainingDiverged: Names the first of them.
-    """
-    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    finite = torch.stack([p.detach().isfinite().all() for _, p in trained])
-    if not bool(finite.all()):
-        name = next(
-            name for (name, _), good in zip(trained, finite.tolist(), strict=True) if not good
-        )
-        raise TrainingDiverged(
-            f"step {step}: {name} is not finite any more; nothing of it is saved. Lower "
-            "train.learning_rate or raise train.warmup_steps, and resume from the last checkpoint."
-        )
-
-
 def load(base: Any, folder: Path) -> PeftModel:
     """The base with a saved adapter on it, for inference.
 
     Raises:
         CheckpointError: The folder holds no adapter, or one that does not fit this base.
     """
-    _require_adapter(folder)
+    require_adapter(folder)
     try:
-        with _quiet_peft():
+        with quiet_peft():
             return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: the adapter is damaged: {error}.") from None
@@ -298,73 +279,6 @@ def load(base: Any, folder: Path) -> PeftModel:
         said = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         first = next((line for line in said if line.startswith("size mismatch")), said[0])
         raise CheckpointError(f"{folder}: the adapter does not fit this base: {first}") from None
-
-
-def verify_alive(
-    model: PeftModel, folder: Path, input_ids: torch.Tensor, called: Path | None = None
-) -> dict[str, float]:
-    """Read a saved adapter back from disk and prove that it is what is being trained.
-
-    Args:
-        model: The model in training, with the adapter in memory.
-        folder: Where it was just saved.
-        input_ids: Probe tokens, shape (1, T).
-        called: The name that the folder is going to have, for messages.
-
-    Returns:
-        Largest logit difference disk against memory and tuned against base, and B's largest value.
-        Weights, mode and random state of the model are left as they were.
-
-    Raises:
-        CheckpointError: B is all zero, the file differs from memory, or the logits do.
-        TrainingDiverged: The logits are not finite.
-    """
-    _require_adapter(folder)
-    called = called or folder
-    largest_b = _largest_b(folder)
-    if largest_b == 0.0:
-        raise CheckpointError(
-            f"{called}: the adapter is dead: B is still zero, so it does nothing. The learning rate "
-            "has been zero so far (a warmup longer than the run?) or no gradient reaches the adapter."
-        )
-    training = model.training
-    devices = [input_ids.device] if input_ids.is_cuda else []
-    with torch.random.fork_rng(devices=devices), torch.no_grad(), _quiet_peft():
-        model.eval()
-        in_memory = model(input_ids=input_ids, use_cache=False).logits.float()
-        with model.disable_adapter():
-            of_base = model(input_ids=input_ids, use_cache=False).logits.float()
-        try:
-            model.load_adapter(str(folder), adapter_name=_PROBE, is_trainable=False)
-            _require_equal_weights(model, folder)
-            model.set_adapter(_PROBE)
-            on_disk = model(input_ids=input_ids, use_cache=False).logits.float()
-        finally:
-            model.set_adapter("default")
-            if _PROBE in model.peft_config:
-                model.delete_adapter(_PROBE)
-            model.train(training)
-    report = {
-        "disk_against_memory": float((on_disk - in_memory).abs().max()),
-        "tuned_against_base": float((in_memory - of_base).abs().max()),
-        "largest_b": largest_b,
-    }
-    if not bool(in_memory.isfinite().all()):  # the disk is not to blame
-        raise TrainingDiverged(
-            f"{called}: with this adapter the logits of a row of the data are not finite any more; it is "
-            "not kept. Lower train.learning_rate or raise train.warmup_steps, and resume from the last "
-            "checkpoint."
-        )
-    # Equal weights give equal logits up to the order of a kernel's sums.
-    tolerance = 1e-3 * max(1.0, float(in_memory.abs().max()))
-    if not report["disk_against_memory"] <= tolerance:
-        raise CheckpointError(
-            f"{called}: the saved adapter computes something else than the one in training: logits "
-            f"differ by {report['disk_against_memory']:.3g}."
-        )
-    if not report["tuned_against_base"] > 0.0:
-        raise CheckpointError(f"{called}: the adapter is dead: the logits are the same without it.")
-    return report
 
 
 @contextmanager
@@ -416,34 +330,20 @@ def _targets(base: Any, wanted: tuple[str, ...]) -> str | list[str]:
     return list(wanted)
 
 
-def _require_adapter(folder: Path) -> None:
+def require_adapter(folder: Path) -> None:
+    """Refuse a folder that holds no adapter.
+
+    Raises:
+        CheckpointError: Names the file that is missing.
+    """
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         if not (folder / name).is_file():
             raise CheckpointError(f"{folder}: not an adapter: {name} is missing.")
 
 
-def _largest_b(folder: Path) -> float:
-    tensors = load_file(folder / "adapter_model.safetensors")
-    b = [float(tensor.abs().max()) for name, tensor in tensors.items() if "lora_B" in name]
-    if not b:
-        raise CheckpointError(f"{folder}: the adapter is dead: the file holds no lora_B matrix.")
-    return max(b)
-
-
-def _require_equal_weights(model: PeftModel, folder: Path) -> None:
-    named = dict(model.named_parameters())
-    trained = [name for name in named if "default" in name.split(".")]
-    for name in trained:
-        twin = named.get(
-            ".".join(_PROBE if part == "default" else part for part in name.split("."))
-        )
-        if twin is None or not torch.equal(named[name], twin):
-            raise CheckpointError(f"{folder}: {name} on disk is not what is in memory.")
-
-
 @contextmanager
-def _quiet_peft() -> Iterator[None]:
-    """peft 0.21 reads `is_gradient_checkpointing`, which transformers 5.23 deprecates."""
+def quiet_peft() -> Iterator[None]:
+    """In this block nothing warns of `is_gradient_checkpointing`, which peft 0.21 reads."""
     with warnings.catch_warnings():
         warnings.filterwarnings(
             "ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning

@@ -1,13 +1,42 @@
-"""Which module computes the first value that is no finite number."""
+"""Where a computation loses its numbers: the first module, or weight, whose value is not finite."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
+
+from qlora import randomness
+
+
+def where_lost(model: nn.Module, passes: Sequence[Callable[[], torch.Tensor]]) -> str:
+    """Where a step loses its numbers first, in words.
+
+    Args:
+        model: Its weights and gradients are left as they are.
+        passes: Compute the loss of each micro-batch once more. The random state is theirs to use.
+    """
+    named = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    for loss_again in passes:
+        before = randomness.take()
+        # Without gradients a fused layer is passed module by module, and named as closely.
+        for mode in (torch.no_grad(), nullcontext()):
+            randomness.put(before)  # of dropout: the same pass
+            with first_non_finite(model) as found, mode:
+                loss = loss_again()
+            if found.name:
+                return f"first in the output of {found.name}"
+            if not bool(loss.isfinite()):
+                return "first in the loss itself"
+        # Not by backward(): that would add to the gradients that are there.
+        grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
+        lost = last_non_finite([(n, g) for (n, _), g in zip(named, grads, strict=True)])
+        if lost:
+            return f"first in the gradient of {lost}"
+    return "a second pass of it is finite"
 
 
 class Finding:

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 from transformers import TrainerCallback
 from transformers.trainer_callback import TrainerState
 
-from qlora import adapter, bnb, randomness, rundir, statefile, store, timeline
+from qlora import adapter, alive, bnb, randomness, rundir, statefile, store, timeline
 from qlora.errors import CheckpointError
 from qlora.rundir import Run
 from qlora.screen import Screen
@@ -105,7 +105,7 @@ class Keeper(TrainerCallback):
         """
         began = time.monotonic()
         step = trainer.state.global_step
-        adapter.require_finite(trainer.model, step)
+        alive.require_finite(trainer.model, step)
         try:
             store.require_room(self.run.checkpoints, bytes_needed(trainer))
             checkpoint = store.write(

@@ -11,6 +11,7 @@ import torch
 
 from qlora import (
     adapter,
+    alive,
     data,
     dress,
     durations,
@@ -166,13 +167,13 @@ def prepare(
     if (run.dir / ROLLED_BACK).is_file():
         told = rundir.read_json(run.dir / ROLLED_BACK)
         guard.rate, guard.roll_backs = told["rate"], told["roll_backs"]
-    alive: dict[str, float] = {}
+    proven: dict[str, float] = {}
 
     def prove(folder: Path, called: Path) -> None:
         # A dead adapter stops the run in minutes, not after two days. The first step of a warmup
         # has the rate zero: after it there is nothing to see yet.
-        if not alive and progress.has_learned:
-            alive.update(adapter.verify_alive(model, folder, probe(prepared, card), called))
+        if not proven and progress.has_learned:
+            proven.update(alive.verify(model, folder, probe(prepared, card), called))
             screen.say("proof", f"{called.name} read back: B is alive, logits equal memory's")
 
     limit = Budget(
@@ -201,7 +202,7 @@ def prepare(
     return Ready(
         recipe, claimed, card, shape, plan, prepared, tok, model, trainer, counts, now,
         "" if prepared.held_out is None else table.digest(prepared.held_out), screen, stopping,
-        progress, guard, keeper, relief, limit, mirror, stage, tracker, began, answering, alive,
+        progress, guard, keeper, relief, limit, mirror, stage, tracker, began, answering, proven,
     )  # fmt: skip
 
 

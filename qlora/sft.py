@@ -14,7 +14,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,35 +141,14 @@ class RowTrainer(SFTTrainer):
         now = randomness.take()
         randomness.put(self._random)
         try:
-            return self._first_lost()
+            again = [partial(self._loss_again, one.batch) for one in self._passes]
+            return diagnosis.where_lost(self.model, again)
         except (RuntimeError, MemoryError) as error:
             if not hardware.ran_out_of_memory(error):
                 raise
             return "no memory is left to look for the layer"
         finally:
             randomness.put(now)
-
-    def _first_lost(self) -> str:
-        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
-        for one in self._passes:
-            before = randomness.take()
-            # Without gradients a fused layer is passed module by module, and named as closely.
-            for mode in (torch.no_grad(), nullcontext()):
-                randomness.put(before)  # of dropout: the same pass
-                with diagnosis.first_non_finite(self.model) as found, mode:
-                    loss = self._loss_again(one.batch)
-                if found.name:
-                    return f"first in the output of {found.name}"
-                if not bool(loss.isfinite()):
-                    return "first in the loss itself"
-            # Not by backward(): that would add to the gradients that are there.
-            grads = torch.autograd.grad(loss, [p for _, p in named], allow_unused=True)
-            lost = diagnosis.last_non_finite(
-                [(n, g) for (n, _), g in zip(named, grads, strict=True)]
-            )
-            if lost:
-                return f"first in the gradient of {lost}"
-        return "a second pass of it is finite"
 
     def _loss_again(self, batch: dict[str, Any]) -> torch.Tensor:
         with self.compute_loss_context_manager():

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 
 from qlora import (
     adapter,
+    alive,
     cards,
     durations,
     hardware,
@@ -197,7 +198,7 @@ def _carry_out(ready: Ready) -> Run:
             raise CheckpointError(
                 "the frozen base changed during training; the adapter is worthless."
             )
-        adapter.require_finite(model, steps)
+        alive.require_finite(model, steps)
         _save(ready)
         after = verdict.measure(*measured, "after")
     except (RuntimeError, MemoryError) as error:
@@ -270,9 +271,7 @@ def _save(ready: Ready) -> None:
             f"{run.adapter}: cannot be written: {getattr(error, 'strerror', None) or error}.\n"
             f"{resuming.last_words(run)}"
         ) from None
-    ready.alive.update(
-        adapter.verify_alive(ready.model, run.adapter, probe(ready.prepared, ready.card))
-    )
+    ready.alive.update(alive.verify(ready.model, run.adapter, probe(ready.prepared, ready.card)))
 
 
 def _seconds(budget: str | None) -> float | None:

@@ -9,7 +9,7 @@ import torch
 from conftest import REPOSITORY, save_tiny
 from safetensors.torch import load_file, save_file
 
-from qlora import adapter, loader, nf4
+from qlora import adapter, alive, loader, nf4
 from qlora.errors import CheckpointError, RecipeError
 
 TOKENS = torch.arange(5, 37).view(1, -1)
@@ -187,7 +187,7 @@ def test_a_saved_adapter_reads_back_alive_and_leaves_the_model_as_it_was(build, 
     before = {n: (p.requires_grad, p.detach().clone()) for n, p in model.named_parameters()}
     model.train()
     random = torch.get_rng_state()
-    report = adapter.verify_alive(model, tmp_path, TOKENS)
+    report = alive.verify(model, tmp_path, TOKENS)
     assert report["disk_against_memory"] == 0.0
     assert report["tuned_against_base"] > 0.01 and report["largest_b"] > 0.0
     assert model.training and torch.equal(random, torch.get_rng_state())
@@ -201,7 +201,7 @@ def test_an_adapter_whose_b_is_zero_is_called_dead(build, tmp_path):
     model = build()
     adapter.save(model, tmp_path, "base")
     with pytest.raises(CheckpointError, match=r"dead: B is still zero.*learning rate"):
-        adapter.verify_alive(model, tmp_path, TOKENS)
+        alive.verify(model, tmp_path, TOKENS)
 
 
 def test_a_file_that_differs_from_memory_is_refused_by_name(build, tmp_path):
@@ -216,7 +216,7 @@ def test_a_file_that_differs_from_memory_is_refused_by_name(build, tmp_path):
     with pytest.raises(
         CheckpointError, match=r"lora_A\.default\.weight on disk is not what is in memory"
     ):
-        adapter.verify_alive(model, tmp_path, TOKENS)
+        alive.verify(model, tmp_path, TOKENS)
     assert list(model.peft_config) == ["default"]  # the probe is gone even then
 
 
