@@ -79,7 +79,7 @@ class Budget(TrainerCallback):
         self._taken, self._next_fit = 0, FIRST_FIT
         if self.left() <= 0:
             raise RecipeError(
-                f"--budget {duration(self.seconds or 0)}: loading and measuring took all of it, but "
+                f"--budget {duration(self.seconds or 0)}: nothing is left of it for a step but "
                 f"{duration(self.afterwards())} that the end of the run needs. Give it more time, or ask "
                 "for fewer answers (eval.generate)."
             )

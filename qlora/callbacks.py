@@ -64,7 +64,7 @@ class TrackedProgress(TrainerCallback):
         self.card = card
         self.tracker = tracker
         self.began = began  # time.monotonic() of this process's start with the run
-        self._earlier = 0.0  # seconds of earlier sessions
+        self._earlier: float | None = None  # seconds of earlier sessions
         self.total = Tally()
         self.logged = Tally()  # the total at the last log line
         self.steps = 0  # of this process: a resumed run has taken more
@@ -106,7 +106,7 @@ class TrackedProgress(TrainerCallback):
     @property
     def seconds(self) -> float:
         """Of the run so far: loading, measuring and saving included."""
-        return self._earlier + time.monotonic() - self.began
+        return (self._earlier or 0.0) + time.monotonic() - self.began
 
     @property
     def session(self) -> Tally:
@@ -186,7 +186,7 @@ class TrackedProgress(TrainerCallback):
     def write(self, line: dict[str, Any]) -> None:
         """Append a line to the metrics; a disk that does not take it is told of once and stops nothing."""
         try:
-            with self.path.open("a", encoding="utf-8") as file:
+            with self.path.open("a", encoding="utf-8", newline="\n") as file:
                 # After a torn line a new one begins, or both would be lost.
                 file.write("\n" * self._torn + json.dumps(line, allow_nan=False) + "\n")
             self._torn = False
@@ -208,7 +208,8 @@ class TrackedProgress(TrainerCallback):
         self.total, self.logged = Tally(**state["total"]), Tally(**state["logged"])
         self._session = dataclasses.replace(self.total)
         self.steps = 0
-        self._earlier, self.began = state["seconds"], time.monotonic()
+        if self._earlier is None:  # else the run goes back, and time does not
+            self._earlier = state["seconds"]
         self.has_learned = state["has_learned"]
         seen = self.timeline
         seen.peak_bytes, seen.peak_step, seen.peak_tokens = state["peak"]

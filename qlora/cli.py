@@ -117,7 +117,7 @@ def train(
 
             trainer.train(loaded, resume=resume, allow_change=allow_change or (), budget=budget)
     except KeyboardInterrupt:
-        raise Interrupted("Stopped before the first step; there is nothing to resume.") from None
+        raise Interrupted("Stopped before the first step.") from None
 
 
 @app.command()

@@ -108,6 +108,8 @@ class DressRehearsal(TrainerCallback):
             DoesNotFit: The card ran out of memory; says in which part, at which shape, and ways down.
             RecipeError: An adapter cannot be written into the run directory.
         """
+        if self.found is not None:  # the run went back to a checkpoint
+            return
         began = time.perf_counter()
         step = self._largest_step(self.trainer.train_dataset)
         shape = tuple(step["micro_batches"][0]["input_ids"].shape)

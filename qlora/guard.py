@@ -120,8 +120,7 @@ class StepGuard(TrainerCallback):
     def _complaint(self, loss: float, gradient: float) -> str:
         if not math.isfinite(loss):
             return "the loss is not a finite number"
-        scale = self.scale()
-        if not math.isfinite(gradient) and (scale is None or scale <= 1):
+        if not math.isfinite(gradient) and (self.scale() or 0.0) <= 1:  # of None or the least
             return "the gradient is not a finite number"
         if self.spike_factor is not None and len(self._good) >= SEASONED:
             highest = max(self._good)

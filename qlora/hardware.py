@@ -5,6 +5,7 @@ Only asks and reports. What follows from it is decided in :mod:`qlora.memory` an
 
 from __future__ import annotations
 
+import gc
 import importlib.util
 import os
 import platform
@@ -59,6 +60,13 @@ def memory_in_use(card: Card) -> tuple[int, int]:
         line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm")
     )
     return _kib(fields["VmRSS"]), _kib(fields["VmHWM"])
+
+
+def let_go() -> None:
+    """Give back what nothing in this process holds any more."""
+    gc.collect()
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
 
 
 def ran_out_of_memory(error: BaseException) -> bool:

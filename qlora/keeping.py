@@ -22,7 +22,7 @@ from qlora.errors import CheckpointError
 from qlora.rundir import Run
 from qlora.screen import Screen
 
-ALLOWED_FAILURES = 3  # checkpoints in a row that the disk did not take
+MAX_FAILURES = 3  # checkpoints in a row that the disk did not take: then the run stops
 IDENTITY = "identity.json"
 _PARTS = {"weights", "optimizer", "schedule", "scaler", "observers", "random"}
 
@@ -52,6 +52,7 @@ class Keeper(TrainerCallback):
         restart_optimizer: A resume begins with an optimizer that has no state: it is another one.
         proof: Called with each adapter that was written, before its checkpoint gets its name.
         then: Called with each checkpoint.
+        way_back: A command that goes on with the run, for messages.
         screen: Where it is told.
     """
 
@@ -68,6 +69,7 @@ class Keeper(TrainerCallback):
         restart_optimizer: bool,
         proof: Callable[[Path, Path], None],
         then: Callable[[Path], None],
+        way_back: str,
         screen: Screen,
     ) -> None:
         self.run = run
@@ -80,6 +82,7 @@ class Keeper(TrainerCallback):
         self.restart_optimizer = restart_optimizer
         self.proof = proof
         self.then = then
+        self.way_back = way_back
         self.screen = screen
         self.longest_save = 0.0  # seconds
         self._failures = 0
@@ -147,11 +150,10 @@ class Keeper(TrainerCallback):
         last = store.newest(self.run.checkpoints)
         kept = f"the last whole one is {last.name}" if last else "there is none yet"
         said = f"step {step} was not saved: {reason}; {kept}"
-        if self._failures >= ALLOWED_FAILURES:
+        if self._failures >= MAX_FAILURES:
             raise CheckpointError(
                 f"{self.run.checkpoints}: {said}. It failed {self._failures} times in a row, so the run is "
-                f"stopped. Free some space, then: qlora train {self.run.recipe_file} "
-                f"--resume {self.run.dir}"
+                f"stopped. Free some space, then: {self.way_back}"
             )
         self.screen.say("saving", f"{said}; the run goes on")
 
@@ -188,8 +190,8 @@ class Keeper(TrainerCallback):
             self._observers()
         except (KeyError, ValueError, TypeError, RuntimeError) as error:
             raise CheckpointError(
-                f"{self.run.dir}: the checkpoint's state does not fit this run: {error}. Nothing was "
-                "changed; resume with the recipe and the version of qlora that wrote it."
+                f"{self.run.dir}: the checkpoint's state does not fit this run: {error}. The "
+                "checkpoint is as it was; resume with the recipe and the version of qlora that wrote it."
             ) from None
         # The recipe decides, not the checkpoint: they differ where a change was allowed.
         for group, settings in zip(trainer.optimizer.param_groups, groups, strict=True):
@@ -205,7 +207,12 @@ class Keeper(TrainerCallback):
     def finished(self, trainer: Any, checkpoint: Path) -> bool:
         """Whether a checkpoint is of the last step; then its weights are put back, and that is all."""
         budget: Any = self.observers["budget"]
-        budget.load_state_dict(_state_in(checkpoint)["observers"]["budget"])
+        try:
+            budget.load_state_dict(_state_in(checkpoint)["observers"]["budget"])
+        except (KeyError, TypeError, AttributeError):
+            raise CheckpointError(
+                f"{checkpoint}: its state is of another version of qlora."
+            ) from None
         if store.step_of(checkpoint) < (budget.total or trainer.total_steps):
             return False
         self.weights(trainer, checkpoint)
@@ -252,7 +259,8 @@ def set_rates(trainer: Any, peak: float) -> None:
 
 
 def _settings(group: dict[str, Any]) -> dict[str, Any]:
-    return {k: v for k, v in group.items() if k not in ("params", "lr", "initial_lr")}
+    """What of a group a recipe sets; some optimizers keep state there, too."""
+    return {k: group[k] for k in ("weight_decay", "betas", "eps") if k in group}
 
 
 def state_of(checkpoint: Path) -> TrainerState:

@@ -22,6 +22,11 @@ from qlora.rundir import Run
 COPY_BYTES = 2**20  # at a time
 WAIT_SECONDS = 600  # for the last copy, at the end of a run
 MARK = "mirror.json"  # tells a copy from the run itself
+# Of a run directory, what is copied; a drive may hold anything else, and links to anywhere.
+FILES = (
+    "recipe.yaml", "plan.json", "environment.json", "data.json", "rejected.jsonl", "before.json",
+    "roll_backs.json", "metrics.jsonl",
+)  # fmt: skip
 
 
 class Mirror:
@@ -70,9 +75,12 @@ class Mirror:
             self._changed.notify_all()
             done = self._changed.wait_for(lambda: self._thread is None, seconds)
         if not done:
-            self.tell(f"{self.copy.dir}: the last copy was not done in {seconds:.0f} s")
-            return False
-        return self._attempt(self._finish) if self.run.is_complete else True
+            self.tell(
+                f"{self.copy.dir}: the last checkpoint's copy was not done in {seconds:.0f} s"
+            )
+        # The product is small: it may well arrive where a checkpoint did not.
+        ended = self._attempt(self._finish) if self.run.is_complete else True
+        return done and ended
 
     def _work(self) -> None:
         try:
@@ -156,14 +164,17 @@ def copy_files(source: Run, target: Run, *, result: bool = False) -> None:
         OSError: A file cannot be read or written.
     """
     rundir.make_folder(target.dir)
-    files = [path for path in source.dir.iterdir() if path.is_file() and path.name[0] != "."]
-    for path in sorted(files, key=lambda path: (path.name == "result.json", path.name)):
-        # The mark is of the place, not of the run; a slow copy may see the result before the adapter.
-        if path.name != MARK and (result or path.name != "result.json"):
-            aside = target.dir / f".{path.name}.part"
-            shutil.copyfile(path, aside)
+    for name in (*FILES, "result.json") if result else FILES:
+        path, aside = source.dir / name, target.dir / f".{name}.part"
+        if path.is_symlink():
+            raise CheckpointError(
+                f"{path} is a link; a run's files are copied, not what they point to."
+            )
+        if path.is_file():
+            aside.unlink(missing_ok=True)  # it may be a link, and would be written through
+            shutil.copyfile(path, aside, follow_symlinks=False)
             rundir.sync_file(aside)
-            aside.replace(target.dir / path.name)
+            aside.replace(target.dir / name)
 
 
 def copy_checkpoint(checkpoint: Path, target: Run) -> Path:
@@ -196,7 +207,7 @@ def copy_checkpoint(checkpoint: Path, target: Run) -> Path:
 def _drop_after(folder: Path, step: int) -> None:
     for path in folder.glob("checkpoint-*"):
         if store.step_of(path) > step:
-            shutil.rmtree(path.rename(path.with_name(f".{path.name}.old")), ignore_errors=True)
+            shutil.rmtree(path.rename(path.with_name(f".{path.name}.gone")), ignore_errors=True)
 
 
 def newest_of(runs: Iterable[Run]) -> tuple[Run, Path] | None:

@@ -12,6 +12,7 @@ import torch
 from qlora import (
     adapter,
     alive,
+    cards,
     data,
     dress,
     durations,
@@ -117,6 +118,11 @@ def prepare(
         QLoRAError: Anything that can be refused before the first step.
     """
     run, recipe, plan = claimed.run, fitted.recipe, fitted.plan
+    mirror = None
+    if recipe.run.mirror:
+        mirror = Mirror(
+            run, recipe.run.mirror, recipe.train.save_total_limit, _teller(screen, "mirror")
+        )
     tok, pad_note = tokenizer.load(recipe, config.commit)
     prepared = data.prepare(recipe, tok, config.vocab_size, screen.track)
     screen.tell_data(prepared, tok, pad_note)
@@ -146,19 +152,17 @@ def prepare(
     for change in changed:
         screen.say("changed", str(change) + (", as allowed" if change.decides else ""))
     now["allowed"] = recording.allowed_so_far(claimed, now)
-    recording.record(run, written, fitted, card, prepared, base.facts)
+    claimed.settle(screen)
+    is_other = any(change.decides for change in changed)
+    recording.record(run, fitted, card, prepared, base.facts)
+    if not is_other:  # else only with the first checkpoint that is of it
+        recording.write_recipe(run, written)
     layout, note = packing.choose(
         recipe, model, prepared.train[:3]["input_ids"], base.facts["attention"]
     )
     screen.say("packing", note)
 
-    tracker = _tracker(recipe, run, screen)
-    mirror = None
-    if recipe.run.mirror:
-        mirror = Mirror(
-            run, recipe.run.mirror, recipe.train.save_total_limit, _teller(screen, "mirror")
-        )
-    progress = TrackedProgress(run.dir / "metrics.jsonl", screen, card, tracker, began)
+    progress = TrackedProgress(run.dir / "metrics.jsonl", screen, card, tracking.Silent(), began)
     rows = table.Numbered(prepared.train)
     guard = StepGuard(
         recipe, prepared.addresses, lambda row: len(rows[row]["input_ids"]), screen,
@@ -176,6 +180,12 @@ def prepare(
             proven.update(alive.verify(model, folder, probe(prepared, card), called))
             screen.say("proof", f"{called.name} read back: B is alive, logits equal memory's")
 
+    def saved(checkpoint: Path) -> None:
+        if is_other:
+            recording.write_recipe(run, written)
+        if mirror is not None:
+            mirror.offer(checkpoint)
+
     limit = Budget(
         seconds, began, screen, afterwards=lambda: _afterwards(answering, keeper),
         rate=lambda: guard.rate, expect=progress.expect,
@@ -186,7 +196,7 @@ def prepare(
         every_seconds=recipe.run.save_every and durations.seconds(recipe.run.save_every),
         identity=now, observers=observers, rate=lambda: guard.rate, proof=prove,
         restart_optimizer=any(change.field == "optimizer" for change in changed),
-        then=mirror.offer if mirror else lambda checkpoint: None, screen=screen,
+        then=saved, way_back=claimed.way_back, screen=screen,
     )  # fmt: skip
     trainer = sft.build(
         recipe, run, card, model, tok, prepared, layout, keeper=keeper,
@@ -199,11 +209,22 @@ def prepare(
     stage = dress.DressRehearsal(trainer, recipe, plan, card, run, screen)
     if dress.is_wanted(recipe, card):
         trainer.add_callback(stage)
+    progress.tracker = tracker = _tracker(recipe, run, screen)  # last: what fails above leaves none
     return Ready(
         recipe, claimed, card, shape, plan, prepared, tok, model, trainer, counts, now,
         "" if prepared.held_out is None else table.digest(prepared.held_out), screen, stopping,
         progress, guard, keeper, relief, limit, mirror, stage, tracker, began, answering, proven,
     )  # fmt: skip
+
+
+def tell_fit(fitted: Fitted, card: Card, screen: Screen) -> None:
+    """Card, plan and what was chosen for it."""
+    dtype = cards.compute_dtype(fitted.recipe, card)
+    screen.say("card", f"{card.name}, {card.free_bytes / GIB:.1f} GiB free, computes in {dtype}")
+    needed = fitted.plan.total_bytes / GIB
+    screen.say("plan", f"{needed:.2f} GiB needed ({fitted.plan.method})")
+    for reason in fitted.reasons:
+        screen.say("fit", reason)
 
 
 def fitted_for(recipe: Recipe, shape: Shape, card: Card, claimed: Claimed | None) -> Fitted:

@@ -27,10 +27,21 @@ RECORDED_PACKAGES = (
 )  # fmt: skip
 
 
-def record(
-    run: Run, recipe: Recipe, fitted: Fitted, card: Card, prepared: Prepared, facts: dict[str, Any]
-) -> None:
+def write_recipe(run: Run, recipe: Recipe) -> None:
+    """Write the recipe that a run's newest checkpoint is of."""
     rundir.write_text(run.recipe_file, recipe.dump())
+
+
+def record(run: Run, fitted: Fitted, card: Card, prepared: Prepared, facts: dict[str, Any]) -> None:
+    """Write plan, ledger and environment of a start.
+
+    Args:
+        run: Where.
+        fitted: What runs, as planned.
+        card: Where it runs.
+        prepared: Its rows.
+        facts: Of the loaded base.
+    """
     rundir.write_json(run.dir / "plan.json", fitted.to_json())
     rundir.write_json(run.dir / "data.json", prepared.ledger.to_json())
     if prepared.rejected is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shlex
 import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
@@ -30,6 +31,7 @@ class Claimed:
     checkpoint: Path | None = None
     identity: dict[str, Any] = field(default_factory=dict)  # of the checkpoint
     allowed: Collection[str] = ()
+    damaged: store.Found = field(default_factory=lambda: store.Found(None))
 
     @property
     def step(self) -> int:
@@ -37,7 +39,21 @@ class Claimed:
 
     @property
     def way_back(self) -> str:
-        return f"qlora train {self.run.recipe_file} --resume {self.run.dir}"
+        return command(self.run)
+
+    def settle(self, screen: Screen) -> None:
+        """Take away what comes after the checkpoint; a resume that was refused before changed nothing."""
+        if self.checkpoint is None:
+            return
+        store.put_aside(self.damaged)
+        if not rundir.rewind(self.run, self.step):
+            screen.say(
+                "resume",
+                f"metrics.jsonl is not as it was at {self.checkpoint.name}: lines that can be read "
+                "are kept",
+            )
+        # Without a result.json it was never the product.
+        shutil.rmtree(self.run.adapter, ignore_errors=True)
 
     def require_same(self, now: dict[str, Any]) -> list[identity.Change]:
         """What has changed since the checkpoint.
@@ -125,7 +141,7 @@ def _take_up(found: Run, allowed: Collection[str], screen: Screen) -> Claimed:
             + (f" ({looked.story})" if looked.story else "")
             + ". Start the run again."
         )
-    with rundir.locked(home), disk_errors_told(home):
+    with disk_errors_told(home), rundir.locked(home):
         store.sweep(home.dir)
         store.sweep(home.checkpoints)
         here = store.look(home.checkpoints)
@@ -133,18 +149,12 @@ def _take_up(found: Run, allowed: Collection[str], screen: Screen) -> Claimed:
             screen.say("resume", f"{path.name} is damaged and passed over: {why}")
         source, checkpoint = best
         was = _identity_of(checkpoint)
-        store.put_aside(here)
         if source.dir != home.dir:
             screen.say("resume", f"{checkpoint.name} is brought home from {source.dir}")
             checkpoint = _bring_home(source, checkpoint, home)
-        if not rundir.rewind(home, store.step_of(checkpoint)):
-            screen.say(
-                "resume",
-                f"metrics.jsonl is not as it was at {checkpoint.name}: lines that can be read are kept",
-            )
-        shutil.rmtree(home.adapter, ignore_errors=True)  # without a result.json never the product
     screen.say("resume", f"{home.dir} from {checkpoint.name}")
-    return Claimed(home, checkpoint, was, allowed)
+    ours = tuple((path, why) for path, why in here.damaged if path != checkpoint)
+    return Claimed(home, checkpoint, was, allowed, store.Found(checkpoint, ours))
 
 
 def _identity_of(checkpoint: Path) -> dict[str, Any]:
@@ -178,6 +188,7 @@ def _copies(found: Run) -> list[Run]:
     recipe = load_recipe(found.recipe_file)
     home = found
     if mirror.is_copy(found):
+        rundir.require_named_as_run(found)
         home = mirror.original_of(found) or Run(mirror.place_of(found, recipe.run.dir))
     places = [home, found]
     if recipe.run.mirror:
@@ -205,10 +216,16 @@ def disk_errors_told(run: Run) -> Iterator[None]:
 
 def last_words(run: Run) -> str:
     """What can be done with a run that ends here."""
+    if run.is_complete:
+        return f"Stopped when the run had ended: {run.dir} is complete."
     checkpoint = store.newest(run.checkpoints)
     if checkpoint is None:
         return f"Stopped before the first checkpoint. Metrics so far are in {run.dir}."
     return (
-        f"Stopped. The last complete checkpoint is {checkpoint}.\n"
-        f"  Go on from it: qlora train {run.recipe_file} --resume {run.dir}"
+        f"Stopped. The last complete checkpoint is {checkpoint}.\n  Go on from it: {command(run)}"
     )
+
+
+def command(run: Run) -> str:
+    """What to type to go on with a run."""
+    return shlex.join(["qlora", "train", str(run.recipe_file), "--resume", str(run.dir)])

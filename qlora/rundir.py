@@ -20,6 +20,7 @@ import os
 import platform
 import re
 import shutil
+import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -96,7 +97,8 @@ def rewind(run: Run, step: int) -> bool:
         kept.
     """
     path, whole, text = run.dir / "metrics.jsonl", True, None
-    with suppress(CheckpointError):
+    # No hash vouches for what a manifest says beside its files.
+    with suppress(CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         then = read_json(run.checkpoints / f"checkpoint-{step}" / MANIFEST).get("metrics")
         if then is not None:
             data = path.read_bytes()[: then["bytes"]] if path.is_file() else b""
@@ -165,8 +167,14 @@ def locked(run: Run) -> Iterator[None]:
         return
     import fcntl
 
-    run.dir.mkdir(parents=True, exist_ok=True)
-    with (run.dir / ".lock").open("w") as file:
+    # Through no link and without emptying it: the folder may have come from somebody else.
+    flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW
+    try:
+        run.dir.mkdir(parents=True, exist_ok=True)
+        handle = os.open(run.dir / ".lock", flags, 0o644)
+    except OSError as error:
+        raise CheckpointError(f"{run.dir}: cannot be written: {error.strerror}.") from None
+    with os.fdopen(handle, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -206,6 +214,16 @@ def runs_below(folder: Path) -> list[Run]:
     return [Run(path.parent) for path in found if _START.match(path.parent.name)]
 
 
+def require_named_as_run(run: Run) -> None:
+    """Refuse a run whose two folders have names that qlora would not give.
+
+    Raises:
+        CheckpointError: It is not ``<name>/<start time>``.
+    """
+    if not (_START.match(run.dir.name) and re.fullmatch(r"[\w-][\w.-]*", run.dir.parent.name)):
+        raise CheckpointError(f"{run.dir}: no run of qlora lies in a folder of such a name.")
+
+
 def started(folder: Path) -> tuple[str, int]:
     """When a run began, from its directory's name; sorts later ones higher."""
     day, clock, *again = folder.name.split("-")
@@ -220,7 +238,7 @@ def read_json(path: Path) -> dict[str, Any]:
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path}: cannot be read: {error}.") from None
     if not isinstance(value, dict):
         raise CheckpointError(f"{path}: expected a JSON object.")
@@ -243,7 +261,7 @@ def write_text(path: Path, text: str) -> None:
     waits = _ASIDE.isdisjoint(path.parents)
     aside = path.with_name(f".{path.name}.part")
     try:
-        with aside.open("w", encoding="utf-8") as file:
+        with aside.open("w", encoding="utf-8", newline="\n") as file:
             file.write(text)
             if waits:
                 file.flush()
@@ -284,7 +302,7 @@ def writing_aside(final: Path, *, replace: bool = False) -> Iterator[Path]:
             for path in [aside, *aside.rglob("*")]:
                 if path.is_dir():
                     _sync_folder(path)
-        old = final.with_name(f".{final.name}.old")
+        old = final.with_name(f".{final.name}.old")  # brought back by store.sweep after a crash
         if replace and final.exists():
             shutil.rmtree(old, ignore_errors=True)
             final.rename(old)
@@ -346,7 +364,7 @@ def defect(checkpoint: Path) -> str | None:
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"] or sha256(path) != expected["sha256"]:
                 return f"{name} is damaged"
-    except (CheckpointError, KeyError, TypeError, AttributeError):
+    except (CheckpointError, KeyError, TypeError, ValueError, AttributeError):
         return "its manifest is damaged"
     return None
 
@@ -365,8 +383,13 @@ def _sync_files(paths: list[Path]) -> None:
 
 def sync_file(path: Path) -> None:
     """Have the disk hold what was written to a file."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+    with path.open("r+b" if os.name == "nt" else "rb") as file:  # Windows wants it writable
+        if sys.platform == "darwin":  # there fsync leaves it in the drive's own memory
+            import fcntl
+
+            fcntl.fcntl(file, fcntl.F_FULLFSYNC)
+        else:
+            os.fsync(file.fileno())
 
 
 def _sync_folder(folder: Path) -> None:

@@ -118,7 +118,7 @@ class RowTrainer(SFTTrainer):
                     for observer in self.observers:
                         observer.saw(one.rows, one.tokens, one.batch["input_ids"].numel(), loss)
                     losses.append(loss)
-                return torch.stack(losses).sum()
+                break
             except (RuntimeError, MemoryError) as error:
                 if self.relief is None or not hardware.ran_out_of_memory(error):
                     raise
@@ -131,6 +131,7 @@ class RowTrainer(SFTTrainer):
             randomness.put(self._random)
             for observer in self.observers:
                 observer.again()
+        return torch.stack(losses).sum()
 
     def blame(self) -> str:
         """Where the present step loses its numbers first, when it is taken once more.
@@ -287,6 +288,7 @@ class RowTrainer(SFTTrainer):
     def start_over(self) -> None:
         """Forget optimizer and schedule, so that the next training makes its own."""
         self.optimizer = self.lr_scheduler = None
+        self.callback_handler.optimizer = self.callback_handler.lr_scheduler = None
         self.optimizer_cls_and_kwargs = None
         self.model_wrapped = self.model
         self.model.zero_grad()

@@ -22,8 +22,9 @@ SPARE_BYTES = 16 * 2**20  # left free beside a checkpoint: for metrics, and the 
 _NAME = re.compile(r"^checkpoint-(\d+)$")
 _STEP = re.compile(r"^\.?checkpoint-(\d+)(\.|$)")  # also of one that is being written
 _LEFTOVER = re.compile(
-    r"^\.(checkpoint-\d+|adapter)\.(?P<host>.+)\.(?P<pid>\d+)\.part$|^\..+\.old$"
+    r"^\.(checkpoint-\d+|adapter)\.(?P<host>.+)\.(?P<pid>\d+)\.part$|^\..+\.gone$"
 )
+_REPLACED = re.compile(r"^\.(?P<name>checkpoint-\d+|adapter)\.old$")
 _TEXT = re.compile(r"^\.[^.]+\.\w+\.part$")  # of rundir.write_text
 
 
@@ -117,8 +118,17 @@ def put_aside(found: Found) -> list[Path]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what writers that are gone have left half-written: in a run, or in its checkpoints."""
+    """Remove what writers that are gone have left half-written: in a run, or in its checkpoints.
+
+    What one was about to replace gets its name back, if the new one never came.
+    """
     for path in folder.glob(".*"):
+        if (replaced := _REPLACED.match(path.name)) is not None:
+            if (folder / replaced["name"]).exists():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.rename(folder / replaced["name"])
+            continue
         left = _LEFTOVER.match(path.name)
         if left is None:
             if _TEXT.match(path.name) and path.is_file():
@@ -147,7 +157,7 @@ def rotate(folder: Path, keep: int, written: Path | None = None) -> None:
         found = [path for path in found if step_of(path) <= step_of(written)]
     for path in found[max(keep, 1) :]:
         # Under another name first: a crash in here must leave no torn checkpoint behind.
-        gone = path.with_name(f".{path.name}.old")
+        gone = path.with_name(f".{path.name}.gone")
         try:
             path.rename(gone)
         except OSError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import shutil
 import time
+import traceback
 from collections.abc import Collection
 from pathlib import Path
 
@@ -39,6 +40,7 @@ from qlora.errors import (
     CheckpointError,
     DoesNotFit,
     Interrupted,
+    QLoRAError,
     RecipeError,
     Terminated,
     TrainingDiverged,
@@ -46,11 +48,19 @@ from qlora.errors import (
 from qlora.guard import RollBack
 from qlora.mirror import is_copy
 from qlora.places import expanded
-from qlora.ready import ROLLED_BACK, Ready, fitted_for, prepare, probe, require_host
+from qlora.ready import (
+    ROLLED_BACK,
+    Ready,
+    fitted_for,
+    prepare,
+    probe,
+    require_host,
+    tell_fit,
+)
 from qlora.recipe import load_recipe
 from qlora.resuming import Claimed
 from qlora.rundir import Run
-from qlora.screen import GIB, Screen, duration
+from qlora.screen import Screen, duration
 from qlora.settings import Recipe
 from qlora.shape import Shape
 from qlora.stopping import Stopping
@@ -93,55 +103,82 @@ def train(
     claimed, ready = None, None
     try:
         tracking.require(recipe)
+        hardware.let_go()  # of what an earlier run left in this process
         with stopping.listening(), hub.door(recipe) as note:
-            if note:
-                screen.say("hub", note)
-            card = hardware.card()
-            config = loader.read_config(recipe)
-            shape = Shape.from_config(config.values)
-            sft.require_known_fields(recipe)
-            if resume is not None:
-                claimed = resuming.claim(recipe, resume, allow_change, screen)
-            fitted = fitted_for(recipe, shape, card, claimed)
-            dtype = cards.compute_dtype(fitted.recipe, card)
-            screen.say(
-                "card", f"{card.name}, {card.free_bytes / GIB:.1f} GiB free, computes in {dtype}"
-            )
-            needed = fitted.plan.total_bytes / GIB
-            screen.say("plan", f"{needed:.2f} GiB needed ({fitted.plan.method})")
-            for reason in fitted.reasons:
-                screen.say("fit", reason)
-            require_host(fitted.plan, card)
-            if claimed is None:
-                claimed = Claimed(rundir.create(Path(recipe.run.dir), recipe.run.name))
-            with rundir.locked(claimed.run), resuming.disk_errors_told(claimed.run):
-                ready = prepare(
-                    recipe, fitted, card, config, shape, claimed, screen, stopping, seconds, began
-                )
-                try:
+            try:
+                if note:
+                    screen.say("hub", note)
+                card = hardware.card()
+                config = loader.read_config(recipe)
+                shape = Shape.from_config(config.values)
+                sft.require_known_fields(recipe)
+                if resume is not None:
+                    claimed = resuming.claim(recipe, resume, allow_change, screen)
+                fitted = fitted_for(recipe, shape, card, claimed)
+                tell_fit(fitted, card, screen)
+                require_host(fitted.plan, card)
+                if claimed is None:
+                    claimed = Claimed(rundir.create(Path(recipe.run.dir), recipe.run.name))
+                with resuming.disk_errors_told(claimed.run), rundir.locked(claimed.run):
+                    ready = prepare(
+                        recipe,
+                        fitted,
+                        card,
+                        config,
+                        shape,
+                        claimed,
+                        screen,
+                        stopping,
+                        seconds,
+                        began,
+                    )
                     return _carry_out(ready)
-                except (DoesNotFit, TrainingDiverged) as error:
-                    if _is_unborn(claimed, ready):
-                        raise
-                    raise type(error)(f"{error}\n{resuming.last_words(claimed.run)}") from None
+            finally:
+                if ready is not None:
+                    _wind_up(ready)
     except KeyboardInterrupt as signal:
-        words = (
-            "Stopped before the first step; there is nothing to resume."
-            if claimed is None or _is_unborn(claimed, ready)
-            else resuming.last_words(claimed.run)
-        )
+        words = _last_words(claimed, ready, resume)
+        _let_go_of(signal)
         raise Interrupted(words, 143 if isinstance(signal, Terminated) else 130) from None
+    except (DoesNotFit, TrainingDiverged) as error:
+        _let_go_of(error)
+        if claimed is None or _is_unborn(claimed, ready):
+            raise
+        raise type(error)(f"{error}\n{resuming.last_words(claimed.run)}") from None
+    except QLoRAError as error:
+        _let_go_of(error)
+        raise
     finally:
-        if ready is not None:
-            ready.tracker.finish()
-            if news := tracking.news(ready.tracker):
-                screen.say("tracking", news)
-            if ready.mirror and not (ready.run.is_complete or ready.stopping.signal):
-                ready.mirror.finish(MIRROR_SECONDS)  # an error ended it
         if claimed is not None and _is_unborn(claimed, ready):
             shutil.rmtree(claimed.run.dir, ignore_errors=True)
             with contextlib.suppress(OSError):  # not empty: other runs are in it
                 claimed.run.dir.parent.rmdir()
+        ready = None  # a notebook keeps this frame with the error, and would keep the model
+
+
+def _wind_up(ready: Ready) -> None:
+    """End what runs beside the training, also after an error."""
+    ready.tracker.finish()
+    if news := tracking.news(ready.tracker):
+        ready.screen.say("tracking", news)
+    if ready.mirror and not (ready.run.is_complete or ready.stopping.signal):
+        ready.mirror.finish(MIRROR_SECONDS)
+
+
+def _last_words(claimed: Claimed | None, ready: Ready | None, resume: object) -> str:
+    if claimed is not None and not _is_unborn(claimed, ready):
+        return resuming.last_words(claimed.run)
+    if resume is not None:
+        return "Stopped before the first step; the run is as it was."
+    return "Stopped before the first step; there is nothing to resume."
+
+
+def _let_go_of(error: BaseException) -> None:
+    """Free what the frames of an error hold: a notebook keeps the last one, and with it the model."""
+    each: BaseException | None = error
+    while each is not None:
+        traceback.clear_frames(each.__traceback__)
+        each = each.__cause__ or each.__context__
 
 
 def resume(

@@ -171,7 +171,7 @@ def test_the_end_of_a_run_waits_for_the_last_copy_and_not_for_ever(
     began = time.monotonic()
     assert one.finish(0.2) is False
     assert 0.2 <= time.monotonic() - began < PATIENCE
-    assert told == [f"{one.copy.dir}: the last copy was not done in 0 s"]
+    assert told == [f"{one.copy.dir}: the last checkpoint's copy was not done in 0 s"]
     threading.Timer(0.2, gate.open.set).start()
     assert one.finish(PATIENCE) is True
     assert gate.copied == [1, 2] and steps_in(one.copy) == [1, 2]
@@ -198,7 +198,7 @@ def test_what_the_end_of_a_run_wrote_is_copied_last(
     assert one.finish(PATIENCE) is True
     assert order[-1] == "result.json" and order.count("result.json") == 1
     assert one.copy.result == {"loss": 1.0} and files(one.copy.adapter) == files(run.adapter)
-    assert not [path for path in one.copy.dir.rglob(".*") if path.suffix in (".part", ".old")]
+    assert not [path for path in one.copy.dir.rglob(".*") if path.suffix in (".part", ".old", ".gone")]
 
 
 def test_a_mirror_that_was_offered_nothing_is_finished_at_once(
