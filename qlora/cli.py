@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import io
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated
@@ -17,6 +18,8 @@ import typer
 
 from qlora import __version__
 from qlora.errors import Interrupted, QLoRAError
+
+_BEGAN = time.monotonic()  # before anything heavy is imported
 
 app = typer.Typer(
     name="qlora",
@@ -115,7 +118,9 @@ def train(
         with hub.door(loaded):  # a dead hub is told of before anything slow is imported
             from qlora import trainer
 
-            trainer.train(loaded, resume=resume, allow_change=allow_change or (), budget=budget)
+            trainer.train(
+                loaded, resume=resume, allow_change=allow_change or (), budget=budget, began=_BEGAN
+            )
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step.") from None
 

@@ -165,7 +165,8 @@ class StepGuard(TrainerCallback):
         if again:
             raise RollBack(told)
         raise TrainingDiverged(
-            f"{told}\n  Lower train.learning_rate, raise train.warmup_steps, or look at these rows; "
+            f"{told}\n  Look at these rows, or resume with train.after_bad_steps=roll_back, or with a "
+            "lower train.learning_rate and --allow-change train.learning_rate; "
             + (
                 "write train.spike_factor: null if such losses are meant."
                 if "spike" in what

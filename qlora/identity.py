@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qlora.errors import CheckpointError, RecipeError
+from qlora.recipe import SYNONYMS
 from qlora.settings import Recipe
 
 # Recipe fields that do not decide what is learned. Of some, a derived field below tells what of it does.
@@ -35,6 +36,18 @@ INCIDENTAL = {
 }  # fmt: skip
 # What the recipe alone does not tell, and decides what is learned.
 DERIVED = ("rows", "tokenizer", "template", "base", "rows_per_step", "optimizer", "compute_dtype")
+# What these are, for a message.
+MEANING = {
+    "rows": "the tokens and labels of data.train's rows, in their order",
+    "tokenizer": "its vocabulary and rules",
+    "template": "the chat template",
+    "base": "the frozen weights",
+    "rows_per_step": "per_device_train_batch_size times gradient_accumulation_steps",
+    "optimizer": "what train.optim means here",
+    "compute_dtype": "what quant.compute_dtype means here",
+}
+# The matrices in a checkpoint have their shapes from these: no run can go on with others.
+FIXED = ("lora.r", "lora.target_modules")
 # What is told when it differs, and no more.
 SURROUNDINGS = ("packages", "python", "card", "threads")
 
@@ -97,14 +110,28 @@ def require_same(found: list[Change], allowed: Collection[str], where: str, way_
     Raises:
         CheckpointError: Lists them field by field, with both ways on.
     """
-    refused = [change for change in found if change.decides and change.field not in allowed]
+    refused = [
+        change
+        for change in found
+        if change.decides and (change.field not in allowed or change.field in FIXED)
+    ]
     if not refused:
         return
-    listed = "\n".join(f"  {change}" for change in refused)
+    listed = "\n".join(f"  {change}{_meaning(change.field)}" for change in refused)
+    way = (
+        f"Go on as it was: {way_back}"
+        if _of_the_recipe(found, {change.field for change in refused})
+        else "Put it back as it was, and resume again."
+    )
     flags = " ".join(f"--allow-change {change.field}" for change in refused)
+    other = (
+        "With another shape of adapter no run can go on: start a new one, without --resume."
+        if any(change.field in FIXED for change in refused)
+        else f"Or with the change, if you mean it: {flags}"
+    )
     raise CheckpointError(
         f"{where}: the run was started otherwise, in what decides what is learned:\n{listed}\n"
-        f"Go on as it was: {way_back}\nOr with the change, if you mean it: {flags}"
+        f"{way}\n{other}"
     )
 
 
@@ -124,9 +151,24 @@ def require_known(allowed: Collection[str]) -> None:
     } | set(DERIVED)
     for field in allowed:
         if field not in known:
-            near = difflib.get_close_matches(field, known, n=1)
+            section, _, key = field.rpartition(".")
+            meant = f"{section}.{SYNONYMS.get(key, key)}"
+            near = [meant] if meant in known else difflib.get_close_matches(field, known, n=1)
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise RecipeError(f"--allow-change {field}: there is no such field.{hint}")
+
+
+def _of_the_recipe(found: list[Change], refused: Collection[str]) -> bool:
+    """Whether it is another recipe that changed what is refused, rather than a file or a machine."""
+    return any(
+        change.field in refused or INCIDENTAL.get(change.field) in refused
+        for change in found
+        if "." in change.field
+    )
+
+
+def _meaning(field: str) -> str:
+    return f"  ({MEANING[field]})" if field in MEANING else ""
 
 
 def _decides(field: str) -> bool:

@@ -88,6 +88,7 @@ class Keeper(TrainerCallback):
         self._failures = 0
         self._saved = time.monotonic()
         self._state: dict[str, Any] = {}
+        self._epoch: dict[str, Any] = {}  # the random state that the epoch's rows were drawn with
         self._missing: set[str] = set()
 
     # --- saving
@@ -136,6 +137,7 @@ class Keeper(TrainerCallback):
                 "scaler": None if scaler is None else scaler.state_dict(),
                 "observers": {name: one.state_dict() for name, one in self.observers.items()},
                 "random": randomness.take(),
+                "epoch": self._epoch,
             },
         )
         # The Trainer reads where it was from here. Its intervals are the recipe's, not the checkpoint's.
@@ -148,12 +150,13 @@ class Keeper(TrainerCallback):
     def _failed(self, step: int, reason: str) -> None:
         self._failures += 1
         last = store.newest(self.run.checkpoints)
-        kept = f"the last whole one is {last.name}" if last else "there is none yet"
+        kept = f"the last whole one is {last.name}" if last else "no checkpoint is there yet"
         said = f"step {step} was not saved: {reason}; {kept}"
         if self._failures >= MAX_FAILURES:
             raise CheckpointError(
                 f"{self.run.checkpoints}: {said}. It failed {self._failures} times in a row, so the run is "
-                f"stopped. Free some space, then: {self.way_back}"
+                f"stopped. Free some space, then: "
+                + (self.way_back if last else "start the run again.")
             )
         self.screen.say("saving", f"{said}; the run goes on")
 
@@ -221,9 +224,21 @@ class Keeper(TrainerCallback):
         self._missing, self._state = set(), {}
         return True
 
-    def random(self) -> None:
-        """Put back the random generators; called last, after rows that were trained on were passed over."""
+    def on_epoch_begin(self, args: Any, state: Any, control: Any, **_: Any) -> None:
+        """Some samplers draw the rows of an epoch from the common generator: again as they were drawn."""
+        if self._state:
+            randomness.put(self._state["epoch"])
+        self._epoch = randomness.take()
+
+    def random(self, begun: bool) -> None:
+        """Put back the random generators; called last, after rows that were trained on were passed over.
+
+        Args:
+            begun: The epoch's rows have been drawn; else they will be now.
+        """
         randomness.put(self._state["random"])
+        if not begun:
+            self._epoch = self._state["random"]
         self._missing.remove("random")
         self._state = {}
 
@@ -233,7 +248,7 @@ class Keeper(TrainerCallback):
 
 def _state_in(checkpoint: Path) -> dict[str, Any]:
     state = statefile.read(checkpoint)
-    missing = sorted(_PARTS - {"weights"} - state.keys())
+    missing = sorted((_PARTS | {"epoch"}) - {"weights"} - state.keys())
     if missing:
         raise CheckpointError(
             f"{checkpoint}: it holds no state of {', '.join(missing)}: another version of qlora wrote it. "

@@ -28,7 +28,7 @@ _NAME = "constrained-str"  # pydantic's word for the first of the two things a s
 _LAYERS = ("bool", "constrained-int")  # and for what train.activation_checkpointing may be
 
 # Words people bring from other tools, per name here.
-_SYNONYMS = {
+SYNONYMS = {
     "rank": "r", "lora_r": "r", "alpha": "lora_alpha", "dropout": "lora_dropout",
     "rslora": "use_rslora", "targets": "target_modules", "lr": "learning_rate",
     "epochs": "num_train_epochs", "num_epochs": "num_train_epochs", "steps": "max_steps",
@@ -282,7 +282,7 @@ def _did_you_mean(address: tuple[str, ...]) -> str:
     if address[:2] == ("data", "train"):
         section = Source
     key = address[-1]
-    synonym = _SYNONYMS.get(key)
+    synonym = SYNONYMS.get(key)
     if synonym in section.model_fields:
         return f" - did you mean {synonym!r}?"
     near = difflib.get_close_matches(key, section.model_fields, n=1)
@@ -301,7 +301,7 @@ def _homes(key: str) -> list[str]:
         f"{name}.{known}"
         for name, field in Recipe.model_fields.items()
         for known in getattr(field.annotation, "model_fields", {})
-        if known in (key, _SYNONYMS.get(key))
+        if known in (key, SYNONYMS.get(key))
     ]
 
 

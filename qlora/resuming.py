@@ -109,12 +109,18 @@ def newest(places: list[Path]) -> Run:
             passed.append(f"{run.dir} has no whole checkpoint")
         else:
             return run
-    looked = " and ".join(map(str, places))
+    looked = " and ".join(f"{place}{'' if place.exists() else ' (not there)'}" for place in places)
     raise CheckpointError(
         f"{looked}: no run to resume"
         + (":\n  " + "\n  ".join(passed[:5]) if passed else ", nor any other.")
-        + "\nWithout --resume a new run is started."
+        + "\nStart a new one without --resume; a run that was given another run.dir or run.name is found "
+        "by `--resume RUN`."
     )
+
+
+def finished(place: Path) -> Run | None:
+    """The newest run under a folder that has finished."""
+    return next((run for run in _newest_first([place]) if run.is_complete), None)
 
 
 def _newest_first(places: list[Path]) -> Iterator[Run]:
@@ -146,7 +152,7 @@ def _take_up(found: Run, allowed: Collection[str], screen: Screen) -> Claimed:
         store.sweep(home.checkpoints)
         here = store.look(home.checkpoints)
         for path, why in here.damaged:
-            screen.say("resume", f"{path.name} is damaged and passed over: {why}")
+            screen.say("resume", f"{path.name} is passed over: {why}")
         source, checkpoint = best
         was = _identity_of(checkpoint)
         if source.dir != home.dir:

@@ -474,7 +474,6 @@ SFT_CONFIG_OWNED: dict[str, str] = {
     ),
     "remove_unused_columns": "nothing: row numbers travel with each batch",
     "save_strategy": "train.save_steps",
-    "train_sampling_strategy": "nothing: rows are drawn by train.seed, and again by a resume",
     "eval_strategy": "train.eval_steps",
     "logging_strategy": "train.logging_steps",
 }

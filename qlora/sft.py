@@ -73,6 +73,7 @@ class RowTrainer(SFTTrainer):
     _held_out_sums: list[tuple[float, int]]
     _passes: Sequence[Pass] = ()  # of the present step, as they fitted
     _phase = ""
+    _has_drawn = False  # rows in this training
     _random: dict[str, Any]  # as it was when the step began
 
     @cached_property
@@ -89,12 +90,14 @@ class RowTrainer(SFTTrainer):
         """The Trainer's: the next batch of the loader. What that takes is what training waits for data."""
         began = time.perf_counter()
         found = super().get_batch_samples(*args, **kwargs)
+        self._has_drawn = True
         seconds = time.perf_counter() - began
         for observer in self.observers:
             observer.waited(seconds)
         return found
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
+        self._has_drawn = False
         with self.prefetcher.running():
             return super().train(*args, **kwargs)
 
@@ -175,7 +178,7 @@ class RowTrainer(SFTTrainer):
 
     def _load_rng_state(self, checkpoint: str | None) -> None:
         if checkpoint is not None and self.keeper is not None:
-            self.keeper.random()
+            self.keeper.random(begun=self._has_drawn)
 
     def prediction_step(
         self, model: Any, inputs: dict[str, Any], *args: Any, **kwargs: Any

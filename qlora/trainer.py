@@ -8,6 +8,7 @@ before its end leaves it where it can go on.
 from __future__ import annotations
 
 import contextlib
+import shlex
 import shutil
 import time
 import traceback
@@ -75,6 +76,7 @@ def train(
     resume: str | Path | None = None,
     allow_change: Collection[str] = (),
     budget: str | None = None,
+    began: float | None = None,
     console: Console | None = None,
 ) -> Run:
     """Fine-tune as the recipe says and return the finished run.
@@ -86,6 +88,7 @@ def train(
         allow_change: Fields in which a resumed run may differ although they decide what is learned, such
             as ``train.learning_rate``.
         budget: The longest time until the run has ended, such as 90m: steps and schedule are fitted to it.
+        began: From when that counts, by ``time.monotonic()``; now by default.
         console: Where progress is shown; standard output by default.
 
     Returns:
@@ -96,9 +99,13 @@ def train(
             its first step leaves no directory behind.
         Interrupted: A signal stopped it; it can be resumed.
     """
-    began = time.monotonic()
+    began = time.monotonic() if began is None else began
     screen, stopping = Screen(console or Console()), Stopping()
     identity.require_known(allow_change)
+    if allow_change and resume is None:
+        raise RecipeError(
+            "--allow-change is about a run that is resumed; add --resume, or leave it out."
+        )
     seconds = _seconds(budget)
     claimed, ready = None, None
     try:
@@ -192,10 +199,20 @@ def resume(
         allow_change: As for :func:`train`.
         console: As for :func:`train`.
 
+    Returns:
+        The run; if none is unfinished, the newest that has finished.
+
     Raises:
-        QLoRAError: As :func:`train`; nothing there can be resumed.
+        QLoRAError: As :func:`train`; there is no run, or none with a whole checkpoint.
     """
-    run = resuming.newest([expanded(folder)])
+    try:
+        run = resuming.newest([expanded(folder)])
+    except CheckpointError:
+        done = resuming.finished(expanded(folder))
+        if done is None:
+            raise
+        Screen(console or Console()).say("run", f"{done.dir} has finished")
+        return done
     recipe = load_recipe(run.recipe_file)
     if is_copy(run):  # where the drive is now
         mirrored = recipe.run.model_copy(update={"mirror": str(run.dir.parent.parent)})
@@ -261,7 +278,7 @@ def _carry_out(ready: Ready) -> Run:
         f"{duration(result['train_seconds'])} of training, {duration(result['total_seconds'])} in all",
     )
     screen.say("run", str(run.dir))
-    screen.say("next", f"qlora chat {run.dir}")
+    screen.say("next", shlex.join(["qlora", "chat", str(run.dir)]))
     return run
 
 

@@ -7,6 +7,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -287,6 +288,7 @@ def test_train_hands_on_the_recipe_with_its_overrides(
     assert qlora("train", "mine.yaml", "lora.r=3", "run.name=x", "--resume", "runs/x").code == 0
     ((args, named),) = calls
     assert args == (load_recipe("mine.yaml", ["lora.r=3", "run.name=x"]),)
+    assert 0 < named.pop("began") <= time.monotonic()
     assert named == {"resume": "runs/x", "allow_change": (), "budget": None}
 
 

@@ -280,7 +280,12 @@ def test_a_changed_field_is_refused_or_told(
             f"Go on as it was: qlora train {run.recipe_file} --resume {run.dir}"
         )
         flags = " ".join(f"--allow-change {name}" for name in refused)
-        assert said.splitlines()[-1] == f"Or with the change, if you mean it: {flags}"
+        if field in identity.FIXED:
+            assert said.splitlines()[-1].startswith(
+                "With another shape of adapter no run can go on"
+            )
+        else:
+            assert said.splitlines()[-1] == f"Or with the change, if you mean it: {flags}"
         assert {path: path.read_bytes() for path in before} == before and not run.is_complete
         return
     resumed, said = train(recipe, resume=run.dir)
@@ -542,18 +547,12 @@ def test_another_base_may_be_trained_and_is_measured_anew(
     assert run.result["before"] != whole.result["before"]  # no answer of the base before it
 
 
-@pytest.mark.parametrize(
-    ("field", "value", "said"),
-    [
-        ("lora.r", 8, "the adapter is of another model or recipe: .* is 4 x .* in the file and 8 x "),
-        ("lora.target_modules", ["q_proj"], "is .* in the file and absent in this run"),
-    ],
-)  # fmt: skip
-def test_what_no_permission_makes_fit_is_refused_with_what_does_not(
-    field: str, value: Any, said: str, bench: Bench, tmp_path: Path
+@pytest.mark.parametrize(("field", "value"), [("lora.r", 8), ("lora.target_modules", ["q_proj"])])
+def test_what_no_permission_makes_fit_is_refused_whatever_is_allowed(
+    field: str, value: Any, bench: Bench, tmp_path: Path
 ) -> None:
     run = bench.again(tmp_path)
-    with pytest.raises(CheckpointError, match=said):
+    with pytest.raises(CheckpointError, match=r"no run can go on: start a new one"):
         train(bench.recipe(**{field: value}), resume=run.dir, allow_change=[field])
     train(bench.recipe(), resume=run.dir)  # nothing was lost
 
@@ -718,7 +717,7 @@ def test_resume_alone_takes_the_newest_run_of_the_recipe_that_can_go_on(
         (second, "has finished"), (unreadable, "cannot be read: "),
     ):  # fmt: skip
         assert f"{path.dir} {why}" in said, said
-    assert "no run to resume" in said and said.endswith("Without --resume a new run is started.")
+    assert "no run to resume" in said and said.endswith("found by `--resume RUN`.")
 
 
 def test_two_recipes_that_started_in_one_second_are_two_runs(bench: Bench, tmp_path: Path) -> None:
@@ -733,7 +732,9 @@ def test_two_recipes_that_started_in_one_second_are_two_runs(bench: Bench, tmp_p
 
 
 def test_where_no_run_ever_was_there_is_none_to_resume(bench: Bench, tmp_path: Path) -> None:
-    with pytest.raises(CheckpointError, match=r"no run to resume, nor any other\.\nWithout"):
+    with pytest.raises(
+        CheckpointError, match=r"\(not there\): no run to resume, nor any other\.\nStart"
+    ):
         train(bench.recipe(run__dir=str(tmp_path / "runs")), resume=resuming.NEWEST)
     assert not (tmp_path / "runs").exists()
 

@@ -676,3 +676,36 @@ def test_a_full_disk_is_told_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(OSError, match="No space left") as told:
         statefile.write(tmp_path, {"a": torch.ones(1)})
     assert told.value.errno == 28
+
+
+@pytest.mark.parametrize("stop", [9, 11], ids=["at the end of an epoch", "in the second epoch"])
+def test_rows_that_are_drawn_by_length_come_again_as_they_were(make_recipe, monkeypatch, stop):
+    """Their sampler draws from the generator that dropout uses."""
+    recipe = make_recipe(
+        train__sft_config={"train_sampling_strategy": "group_by_length"}, train__max_steps=20,
+        train__save_steps=stop, lora__lora_dropout=0.1, data__held_out_fraction=0.0,
+        train__per_device_train_batch_size=5,
+    )  # fmt: skip
+    rows: list[list[int]] = []
+    original = sft.RowTrainer.training_step
+
+    def noted(self, model, inputs, *args, **kwargs):
+        rows.append([i for some in inputs["rows"] for i in some])
+        return original(self, model, inputs, *args, **kwargs)
+
+    def interrupted(self, model, *args, **kwargs):
+        if self.state.global_step == stop:
+            raise KeyboardInterrupt
+        return noted(self, model, *args, **kwargs)
+
+    monkeypatch.setattr(sft.RowTrainer, "training_step", noted)
+    straight = trainer.train(recipe, console=Console(quiet=True))
+    whole, rows[:] = list(rows), []
+    with monkeypatch.context() as patch:
+        patch.setattr(sft.RowTrainer, "training_step", interrupted)
+        with pytest.raises(Interrupted):
+            trainer.train(recipe, console=Console(quiet=True))
+    resumed = trainer.train(recipe, resume="newest", console=Console(quiet=True))
+    assert rows == whole
+    weights = [(r.adapter / "adapter_model.safetensors").read_bytes() for r in (straight, resumed)]
+    assert weights[0] == weights[1]
