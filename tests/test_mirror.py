@@ -198,7 +198,9 @@ def test_what_the_end_of_a_run_wrote_is_copied_last(
     assert one.finish(PATIENCE) is True
     assert order[-1] == "result.json" and order.count("result.json") == 1
     assert one.copy.result == {"loss": 1.0} and files(one.copy.adapter) == files(run.adapter)
-    assert not [path for path in one.copy.dir.rglob(".*") if path.suffix in (".part", ".old", ".gone")]
+    assert not [
+        path for path in one.copy.dir.rglob(".*") if path.suffix in (".part", ".old", ".gone")
+    ]
 
 
 def test_a_mirror_that_was_offered_nothing_is_finished_at_once(
@@ -501,8 +503,8 @@ def test_a_run_whose_machine_is_gone_is_brought_home_and_ends_bit_for_bit_the_sa
     assert not mirror.is_copy(run) and files(lost.copy.adapter) == files(run.adapter)
     assert lost.copy.is_complete and steps_in(lost.copy) == steps_in(run) == [6, 8]
     for folder in ("runs", "drive"):
-        with pytest.raises(CheckpointError, match=r"no run to resume:\n  .* has finished"):
-            resumed(lost.folder / folder)
+        again, said = resumed(lost.folder / folder)
+        assert again.is_complete and "has finished" in said  # the same cell may be run once more
 
 
 def test_a_run_that_is_still_there_goes_on_where_it_is(lost: Lost) -> None:
@@ -601,7 +603,7 @@ def test_of_several_runs_the_newest_goes_on_that_can(lost: Lost) -> None:
     run, _ = resumed(lost.drive)
     assert run.dir.name == START
     with pytest.raises(CheckpointError, match="no run to resume") as none:
-        resumed(lost.drive)
+        resuming.newest([lost.drive])
     assert f"{others['03'].dir} has no whole checkpoint" in str(none.value)
 
 

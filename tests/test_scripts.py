@@ -22,7 +22,7 @@ SCRIPTS = ROOT / "scripts"
 COMMANDS = (
     "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "bench_load",
     "bench_plan", "bench_step", "bench_head", "bench_convergence", "gpu_suite",
-    "torture_inputs",
+    "torture_inputs", "torture_steps", "bench_checkpoint", "torture_checkpoints",
 )  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
@@ -43,6 +43,9 @@ BAD_ARGUMENTS = {
     "bench_convergence": [["--seeds=0", "1"], ["--seeds", "42"], ["--runs"]],
     "gpu_suite": [["--only", "bf61"], ["--unknown"]],
     "torture_inputs": [["--out"], ["extra"]],
+    "torture_steps": [["--out"], ["extra"], ["--only"]],
+    "bench_checkpoint": [["--rounds=0"], ["--only=loads"], ["--dir=no/such/folder"], ["extra"]],
+    "torture_checkpoints": [["--trials=0"], ["--only", "kicks"], ["--only"], ["--out"]],
 }  # fmt: skip
 BAD = [(name, bad) for name, lists in BAD_ARGUMENTS.items() for bad in lists]
 
@@ -62,7 +65,8 @@ measure = _script("measure")
 
 
 def test_every_benchmark_is_known_here() -> None:
-    found = {path.stem for path in SCRIPTS.glob("bench_*.py")} | {"gpu_suite", "torture_inputs"}
+    found = {path.stem for path in SCRIPTS.glob("bench_*.py")} | {"gpu_suite"}
+    found |= {path.stem for path in SCRIPTS.glob("torture_*.py")}
     assert found == set(COMMANDS) == set(BAD_ARGUMENTS)
 
 
