@@ -692,7 +692,7 @@ CASES = [
     Case("NaN at one step",
          base(weights(lambda t: t["lm_head.weight"].mul_(1e38)), "train", "train.max_steps=9"), 2,
          (r"step \d: the (loss|gradient) is not a finite number", r"rows( of the batch)?: rows\.jsonl:\d",
-          r"Lower train\.learning_rate")),
+          r"lower train\.learning_rate")),
     Case("weights that are missing",
          base(lambda f: (f / "model.safetensors").unlink(), "train"), 2,
          (r"model\.name is '.*base'", "no safetensors|is missing")),
