@@ -226,7 +226,7 @@ def test_a_family_that_nobody_knows_is_refused(folder: Path, say: Say) -> None:
     write_config(folder / "llama", LLAMA | {"model_type": "novel"})
     code, out, err = say("mine.yaml", "--card", "12GB")
     assert (code, out) == (2, "")
-    assert "cannot be loaded" in err and "novel" in err
+    assert "of the family 'novel'" in err and "does not know" in err
 
 
 @pytest.mark.parametrize(
