@@ -81,7 +81,7 @@ def test_what_an_evaluation_needed_is_not_laid_to_the_next_micro_batch(
     counters: Any, tmp_path: Path
 ) -> None:
     quiet = Screen(Console(quiet=True))
-    progress = TrackedProgress(tmp_path / "metrics.jsonl", quiet, CARD, tracking.Silent())
+    progress = TrackedProgress(tmp_path / "metrics.jsonl", quiet, CARD, tracking.Silent(), 0.0)
     for step, highest in ((0, 50), (1, 80)):
         counters.highest = highest  # before the step begins
         progress.on_step_begin(None, SimpleNamespace(global_step=step), None)
