@@ -43,7 +43,7 @@ class CheckpointError(QLoRAError):
 
 
 class TrainingDiverged(QLoRAError):
-    """A loss or gradient stopped being a finite number; the message names the rows of the batch."""
+    """A loss, gradient or weight stopped being a finite number, or losses rose too far; names the rows."""
 
 
 class SelfTestFailed(QLoRAError):

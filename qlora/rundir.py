@@ -3,8 +3,9 @@
 Layout of ``<dir>/<name>/<start time>/``::
 
     recipe.yaml plan.json environment.json data.json    what was asked, predicted, installed, fed
+    before.json                                         what the base answered
     metrics.jsonl                                       one object a log step
-    checkpoints/checkpoint-N/                           the trainer's files and our manifest
+    checkpoints/checkpoint-N/                           safetensors, JSON and their manifest
     adapter/                                            the product
     result.json                                         written last: its presence means done
 
