@@ -128,3 +128,20 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def light() -> Iterator[None]:
+    """No garbage of other modules is looked through at every start of a training."""
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a power cut would take is not asked of these tests."""
+    monkeypatch.setattr(os, "fsync", lambda handle: None)

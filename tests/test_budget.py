@@ -40,17 +40,6 @@ PEAK = 1e-2  # the learning rate
 LOADING, MEASURING, SAVING = 4.0, 3.0, 0.5  # seconds of the fake clock
 
 
-@pytest.fixture(scope="module")
-def light() -> Iterator[None]:
-    """No garbage of other modules is looked through at every start of a training."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
 class Clock:
     """Time that passes as a test says; what else the time module knows is as ever."""
 

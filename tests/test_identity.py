@@ -24,23 +24,7 @@ from qlora.recipe import recipe_from
 from qlora.rundir import Run
 from qlora.settings import Recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread", "light")
-
-
-@pytest.fixture(scope="module")
-def light() -> Iterator[None]:
-    """No garbage of other modules is looked through at every start of a training."""
-    import gc
-
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
+pytestmark = pytest.mark.usefixtures("one_thread", "light", "no_waiting_for_the_disk")
 
 
 @dataclass

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import io
 import os
 import shutil
@@ -30,24 +29,10 @@ from qlora.recipe import load_recipe, recipe_from
 from qlora.rundir import Run
 from qlora.settings import Recipe
 
-pytestmark = pytest.mark.usefixtures("one_thread", "light")
+pytestmark = pytest.mark.usefixtures("one_thread", "light", "no_waiting_for_the_disk")
 
 START = "20260101-120000"
 PATIENCE = 60  # seconds; a test that waits for so long has failed
-
-
-@pytest.fixture(scope="module")
-def light() -> Iterator[None]:
-    """No garbage of other modules is looked through at every start of a training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 # --- the thread that copies, on checkpoints that no training wrote

@@ -6,9 +6,7 @@ killed in that moment leaves. The undisturbed run goes on beside it and is what 
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -31,7 +29,7 @@ from qlora.rundir import Run
 from qlora.settings import Recipe
 
 pytestmark = [
-    pytest.mark.usefixtures("one_thread", "light"),
+    pytest.mark.usefixtures("one_thread", "light", "no_waiting_for_the_disk"),
     # bitsandbytes 0.50 pages nothing on a CPU and says so, once a process.
     pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU:UserWarning"),
 ]
@@ -44,20 +42,6 @@ MEASURED = {
     "peak_tokens", "memory", "eval_runtime", "eval_samples_per_second", "eval_steps_per_second",
     "eval_model_preparation_time",
 }  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def light() -> Iterator[None]:
-    """No garbage of other modules is looked through at every start of a training."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _no_waiting_for_the_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(os, "fsync", lambda handle: None)
 
 
 @pytest.fixture(scope="module")
@@ -191,7 +175,9 @@ def equal(a: Any, b: Any) -> bool:
 
 
 def _bits(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.contiguous().flatten().view(torch.uint8)
+    # Of one value, torch calls any stride contiguous, and then cannot view its bytes.
+    fresh = tensor.clone(memory_format=torch.contiguous_format)
+    return fresh.flatten().view(torch.uint8)
 
 
 def weights(run: Run) -> dict[str, torch.Tensor]:
