@@ -5,7 +5,7 @@ one above; the ground floor never imports torch. A test reads this map and holds
 
     3 front door   cli, __main__
     2 stories      planning, trainer, ready, fusing, sft, rehearsal, dress, evaluation, chat, doctor, draft,
-                   selftest, invariance, preview, accounting, page, resuming, recording, verdict
+                   selftest, invariance, preview, trained, accounting, page, resuming, recording, verdict
     1 machinery    hardware, bnb, nf4, weights, loader, adapter, alive, attention, kernels, offload,
                    phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,
                    intake, preparation, data, packing, prefetch, generation, screen, timeline,

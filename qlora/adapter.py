@@ -10,7 +10,7 @@ import hashlib
 import re
 import warnings
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -34,12 +34,14 @@ from peft import (
 )
 from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.other import TrainableTokensWrapper
 
 from qlora.errors import CheckpointError, RecipeError
 from qlora.settings import Recipe
 
 ALL_LINEAR = "all-linear"
 UNTRAINED = 0.25  # of the usual row's length: below it nothing was learned
+Matrices = dict[str, tuple[torch.Tensor, torch.Tensor, float]]  # A (r, in), B (out, r), scale
 _TOKEN_ROWS = ".trainable_tokens_delta."  # peft's name for the trained rows of an embedding
 
 
@@ -235,7 +237,7 @@ def restore(model: PeftModel, folder: Path) -> None:
         saved = load_file(folder / "adapter_model.safetensors")
     except (OSError, SafetensorError) as error:
         raise CheckpointError(f"{folder}: the adapter cannot be read: {error}.") from None
-    wanted = {name: tensor.shape for name, tensor in _weights(model).items()}
+    wanted = {name: tensor.shape for name, tensor in tensors(model).items()}
     found = {name: tensor.shape for name, tensor in saved.items()}
     if found != wanted:
         other = min(
@@ -246,25 +248,25 @@ def restore(model: PeftModel, folder: Path) -> None:
             f"{_shape(found.get(other))} in the file and {_shape(wanted.get(other))} in this run."
         )
     set_peft_model_state_dict(model, saved)
-    for name, tensor in _weights(model).items():
+    for name, tensor in tensors(model).items():
         if not torch.equal(tensor.cpu(), saved[name]):
             raise CheckpointError(f"{folder}: {name} in memory is not what is on disk.")
 
 
-def _weights(model: PeftModel) -> dict[str, torch.Tensor]:
-    """The adapter by the names that its file uses."""
-    return {
-        name: tensor.detach()
-        for name, tensor in get_peft_model_state_dict(model, save_embedding_layers=False).items()
-    }
+def tensors(model: PeftModel, adapter_name: str = "default") -> dict[str, torch.Tensor]:
+    """One of a model's adapters by the names that its file uses."""
+    found = get_peft_model_state_dict(model, adapter_name=adapter_name, save_embedding_layers=False)
+    return {name: tensor.detach() for name, tensor in found.items()}
 
 
 def _shape(shape: torch.Size | None) -> str:
     return "absent" if shape is None else " x ".join(map(str, shape))
 
 
-def load(base: Any, folder: Path) -> PeftModel:
-    """The base with a saved adapter on it, for inference.
+def load(base: Any, folder: Path, name: str = "default") -> PeftModel:
+    """The base with a saved adapter on it, for inference; beside those that it has already.
+
+    The one that was loaded first is on until :func:`use` says otherwise.
 
     Raises:
         CheckpointError: The folder holds no adapter, or one that does not fit this base.
@@ -272,13 +274,118 @@ def load(base: Any, folder: Path) -> PeftModel:
     require_adapter(folder)
     try:
         with quiet_peft():
-            return PeftModel.from_pretrained(base, str(folder), is_trainable=False).eval()
+            if not isinstance(base, PeftModel):
+                model = PeftModel.from_pretrained(base, str(folder), name, is_trainable=False)
+            else:
+                base.load_adapter(str(folder), name, is_trainable=False)
+                model = base
+            return model.eval()
     except SafetensorError as error:
         raise CheckpointError(f"{folder}: the adapter is damaged: {error}.") from None
     except (RuntimeError, ValueError, KeyError) as error:
         said = [line.strip() for line in str(error).splitlines()] or [type(error).__name__]
         first = next((line for line in said if line.startswith("size mismatch")), said[0])
         raise CheckpointError(f"{folder}: the adapter does not fit this base: {first}") from None
+
+
+def bare(model: nn.Module) -> nn.Module:
+    """The base of a model with adapters, its linears still wrapped; a model without any as it is."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def bare_name(name: str) -> str:
+    """The name that a module of the bare base has in its checkpoint.
+
+    >>> bare_name("model.layers.0.mlp.up_proj.base_layer")
+    'model.layers.0.mlp.up_proj'
+    """
+    return re.sub(r"(\.token_adapter)?\.base_layer$", "", name)
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a module of this name below a base is a part of an adapter on it."""
+    return bool(re.search(r"\.lora_|\.token_adapter(\.trainable_tokens\w*)?$", f".{name}"))
+
+
+def is_adapted(model: nn.Module, name: str) -> bool:
+    """Whether the adapter that is on adds to the weight of this module.
+
+    Raises:
+        CheckpointError: It is no plain LoRA, so there is no matrix that it adds.
+    """
+    _, lora, _, why = plain_lora(bare(model).get_submodule(name))
+    if why:
+        raise CheckpointError(f"{name}: {why}; only plain LoRA can be merged.")
+    return lora is not None
+
+
+def delta(model: nn.Module, name: str) -> torch.Tensor:
+    """What the adapter that is on adds to the weight of a linear: scale B A (out, in), in fp32."""
+    _, lora, active, _ = plain_lora(bare(model).get_submodule(name))
+    assert lora is not None, name
+    return lora.get_delta_weight(active).detach().float()
+
+
+def token_rows(model: nn.Module, name: str) -> torch.Tensor | None:
+    """A table whose rows of new tokens were trained, with these rows in it; None for any other module."""
+    module = bare(model).get_submodule(name)
+    if not isinstance(module, TrainableTokensWrapper):
+        return None
+    return module.token_adapter.get_merged_weights(module.token_adapter.active_adapters).detach()
+
+
+def take_off(model: PeftModel, name: str, label: str) -> tuple[Any, Matrices]:
+    """The base without peft, and an adapter's matrices by the names of the linears they belong to.
+
+    Args:
+        model: A base with this adapter alone on it. It is of no use afterwards.
+        name: What peft calls the adapter.
+        label: What people call it.
+
+    Raises:
+        CheckpointError: The adapter is more than a sum onto linears.
+    """
+    own = model.get_base_model()
+    found: Matrices = {}
+    for path, module in own.named_modules():
+        if isinstance(module, BaseTunerLayer):
+            _, lora, _, why = plain_lora(module)
+            if lora is None:
+                raise CheckpointError(
+                    f"{label}: {why or 'part of it is no LoRA'}, so it cannot share a base with others. "
+                    "Merge it with `qlora merge` and name the merged model."
+                )
+            a, b = lora.lora_A[name].weight, lora.lora_B[name].weight
+            found[path] = (a.detach(), b.detach(), float(lora.scaling[name]))
+    if any(_TOKEN_ROWS in path for path, _ in model.named_parameters()):
+        raise CheckpointError(
+            f"{label}: rows of the embedding were trained with it (lora.train_new_tokens), so it cannot "
+            "share a base with others. Merge it with `qlora merge` and name the merged model."
+        )
+    return model.unload(), found
+
+
+def use(model: PeftModel, name: str) -> None:
+    """Switch to one of a model's adapters."""
+    model.set_adapter(name, inference_mode=True)
+
+
+@contextmanager
+def stacked(model: PeftModel, weights: Mapping[str, float]) -> Iterator[None]:
+    """Several of a model's adapters on at once, each times its weight, for as long as the block runs."""
+    before = model.base_model.active_adapters
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    try:
+        model.base_model.set_adapter(list(weights), inference_mode=True)
+        for layer in layers:
+            for name, weight in weights.items():
+                layer.set_scale(name, weight)
+        yield
+    finally:
+        for layer in layers:
+            for name in weights:
+                layer.set_scale(name, 1.0)
+        model.base_model.set_adapter(before, inference_mode=True)
 
 
 @contextmanager

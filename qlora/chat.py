@@ -1,101 +1,155 @@
-"""A conversation in the terminal with a tuned model, and beside it, if asked, with its base."""
+"""A conversation in the terminal with a tuned model, its base, and adapters that share one base."""
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 
-from qlora import adapter, generation, hardware, loader, records, rundir, store, tokenizer
-from qlora.errors import CheckpointError
+from qlora import adapter, generation, trained
+from qlora.errors import QLoRAError
 from qlora.generation import Answer, Sampling
-from qlora.preparation import vocabulary_digest
-from qlora.recipe import load_recipe
-from qlora.records import Record, Turn
-from qlora.rendering import Renderer
-from qlora.rundir import Run
-from qlora.settings import Recipe
+from qlora.records import Turn
+from qlora.trained import Trained
+
+COMMANDS = """\
+/base           let the base answer beside the tuned model, or no longer
+/adapter RUN    switch to another run's adapter on the same base; alone it lists those that are loaded
+/system TEXT    begin anew with a system turn; alone it drops it
+/new            begin anew
+/help           this list
+an empty line or Ctrl-D ends"""
 
 
 @dataclass
 class Speaker:
-    """A loaded model that answers turns; ``as_base`` switches its adapter off for one answer."""
+    """A loaded base with one adapter or several, or a model without any; one of them speaks."""
 
     model: Any
-    renderer: Renderer
-    source: Path
-    form: str
+    adapters: dict[str, Trained]
+    now: str
+
+    @property
+    def found(self) -> Trained:
+        """Whose tokens ask."""
+        return self.adapters[self.now]
+
+    @property
+    def has_base(self) -> bool:
+        return self.found.source is not None
 
     def answer(
         self, turns: list[Turn], sampling: Sampling, say: Any, *, as_base: bool = False
     ) -> Answer:
         """Stream the answer to the last user turn through ``say``."""
-        question = turns[-1].content
-        plain = records.alpaca_prompt(question) if self.form == "alpaca" else question
-        record = Record((*turns, Turn("assistant", "")), plain_prompt=plain)
-        prompt = self.renderer.prompt_ids(record)
+        found = self.found
+        prompt = found.prompt_ids(turns)
         if as_base:
             with adapter.disabled(self.model):
-                return generation.stream(self.model, self.renderer.tok, prompt, sampling, say)
-        return generation.stream(self.model, self.renderer.tok, prompt, sampling, say)
+                return generation.stream(self.model, found.tok, prompt, sampling, say)
+        return generation.stream(self.model, found.tok, prompt, sampling, say)
+
+    def switch(self, where: str) -> None:
+        """Let another adapter speak, by its name or the path of its run; it is loaded if it is not there.
+
+        Raises:
+            CheckpointError: It is no run, or one of another base.
+        """
+        if where not in self.adapters:
+            found = trained.find(where)
+            trained.require_one_base(self.found, found)
+            if found.name not in self.adapters:
+                trained.put_on(self.model, found, found.slot)
+                self.adapters[found.name] = found
+            where = found.name
+        if self.has_base:
+            adapter.use(self.model, self.adapters[where].slot)
+        self.now = where
 
 
 def load_speaker(where: str | Path) -> Speaker:
-    """The model of a run: its finished adapter, or the newest whole checkpoint of an unfinished run.
+    """The model of a run (its finished adapter, or its newest whole checkpoint), or a model's folder.
 
     Raises:
         CheckpointError: No run there, nothing in it to load, or the base is not the one it was trained on.
     """
-    run = rundir.open_run(where)
-    source = run.adapter if run.is_complete else store.newest(run.checkpoints)
-    if source is None:
-        raise CheckpointError(
-            f"{run.dir}: the run has no finished adapter and no whole checkpoint."
-        )
-    recipe = load_recipe(run.recipe_file)
-    card = hardware.card()
-    config = loader.read_config(recipe)
-    tok, _ = tokenizer.load(recipe, config.commit)
-    ledger = rundir.read_json(run.dir / "data.json")
-    try:
-        rendering, form = ledger["rendering"], ledger["sources"][0]["format"]
-    except (LookupError, TypeError):
-        raise CheckpointError(
-            f"{run.dir / 'data.json'}: does not say how the run's rows were rendered; it is damaged or of "
-            "another version of qlora. Copy the run again, or train again."
-        ) from None
-    _require_same_tokenizer(run, recipe, ledger, tok)
-    base = loader.load_base(recipe, card, config, bars=False)
-    renderer = Renderer(tok, chat=rendering == "chat")
-    try:
-        model = adapter.load(base.model, source)
-    except CheckpointError as error:
-        raise CheckpointError(f"{error}\n  {_other_base(run, recipe)}") from None
-    return Speaker(model, renderer, source, form)
+    found = trained.find(where)
+    return Speaker(trained.load(found, name=found.slot), {found.name: found}, found.name)
 
 
-def _require_same_tokenizer(run: Run, recipe: Recipe, ledger: dict[str, Any], tok: Any) -> None:
-    """Refuse a tokenizer that gives other ids than the one of the run: each word would be another.
+@dataclass
+class Conversation:
+    """What has been said so far, and how it goes on."""
 
-    Raises:
-        CheckpointError: It is another one. Runs that kept no digest are let through.
-    """
-    if ledger.get("vocabulary", "") in ("", vocabulary_digest(tok)):
-        return
-    raise CheckpointError(
-        f"{run.dir}: the run was trained with another tokenizer than {recipe.model.name!r} has now: its "
-        f"{len(tok):,} tokens are not those of the run.\n  {_other_base(run, recipe)}"
-    )
+    speaker: Speaker
+    console: Console
+    sampling: Sampling
+    compare: bool = False
+    system: str | None = None
+    turns: list[Turn] = field(default_factory=list)
 
+    def start(self) -> None:
+        self.turns = [Turn("system", self.system)] if self.system else []
 
-def _other_base(run: Run, recipe: Recipe) -> str:
-    return (
-        f"model.name in {run.recipe_file} is {recipe.model.name!r}. If another model lies there by now, "
-        "name the one that the run was trained on; else train again."
-    )
+    def ask(self, question: str) -> None:
+        """Answer a question; the tuned model's answers are what the conversation remembers.
+
+        Without a chat template (rows trained as plain text) each question stands alone.
+        """
+        alone = not self.speaker.found.renderer.chat
+        asked = Turn("user", question)
+        turns = [asked] if alone else [*self.turns, asked]
+        if self.compare:
+            self._speak("base ", turns, as_base=True)
+        spoken = self._speak("tuned" if self.speaker.has_base else "model", turns, as_base=False)
+        self.turns = [*turns, Turn("assistant", spoken.text)]
+
+    def obey(self, line: str) -> None:
+        """Carry out a line that begins with a slash."""
+        word, _, rest = line.strip().partition(" ")
+        rest = rest.strip()
+        match word:
+            case "/new":
+                self.start()
+                self._note("begun anew")
+            case "/base" if self.speaker.has_base:
+                self.compare = not self.compare
+                self._note(f"the base answers {'first' if self.compare else 'no longer'}")
+            case "/base":
+                self._note("a model without an adapter has no base to compare with")
+            case "/system":
+                self.system = rest or None
+                self.start()
+                self._note(f"begun anew {'with' if rest else 'without'} a system turn")
+            case "/adapter" if rest:
+                (where,) = shlex.split(rest)[:1] or [rest]
+                self.speaker.switch(where)
+                self.start()
+                self._note(f"begun anew with {self.speaker.now}")
+            case "/adapter":
+                for name in self.speaker.adapters:
+                    self._note(f"{'*' if name == self.speaker.now else ' '} {name}")
+            case "/help":
+                self._note(COMMANDS)
+            case _:
+                self._note(f"{word} is no command here; /help lists them")
+
+    def _note(self, text: str) -> None:
+        self.console.print(text, style="dim", markup=False, highlight=False, soft_wrap=True)
+
+    def _speak(self, label: str, turns: list[Turn], *, as_base: bool) -> Answer:
+        self.console.print(f"[bold]{label}[/bold] ", end="")
+
+        def say(piece: str) -> None:
+            self.console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
+
+        spoken = self.speaker.answer(turns, self.sampling, say, as_base=as_base)
+        self.console.print("" if spoken.stopped else " [dim](cut at --max-new-tokens)[/dim]")
+        return spoken
 
 
 def converse(
@@ -109,52 +163,31 @@ def converse(
 ) -> None:
     """Answer questions until there are none. With ``compare`` the base answers each one first.
 
-    The tuned model's answers are what the conversation remembers. ``/new`` forgets it. Without a chat
-    template (rows trained as plain text) each question stands alone.
+    A line that begins with a slash is a command; what goes wrong in one, or in an answer, is told, and the
+    conversation goes on.
     """
     console.print("[dim]loading ...[/dim]", end="\r")
     speaker = load_speaker(where)
-    name = _name(speaker.source)
     console.print(
-        f"[dim]{name}; /new starts over, an empty line or Ctrl-D ends[/dim]", highlight=False
+        f"[dim]{_name(speaker.found)}; /help lists commands, an empty line or Ctrl-D ends[/dim]",
+        highlight=False,
     )
-    opening = [Turn("system", system)] if system else []
-    turns = list(opening)
+    talk = Conversation(speaker, console, sampling, compare and speaker.has_base, system)
+    talk.start()
     for question in questions:
-        if question.strip() == "/new":
-            turns = list(opening)
-            continue
         if not question.strip():
             break
-        turns = (
-            [*turns, Turn("user", question)] if speaker.renderer.chat else [Turn("user", question)]
-        )
-        if compare:
-            _speak(console, "base ", speaker, turns, sampling, as_base=True)
-        spoken = _speak(console, "tuned", speaker, turns, sampling, as_base=False)
-        turns.append(Turn("assistant", spoken.text))
+        try:
+            if question.lstrip().startswith("/"):
+                talk.obey(question)
+            else:
+                talk.ask(question)
+        except QLoRAError as error:
+            console.print(f"{error}", markup=False, highlight=False, soft_wrap=True)
 
 
-def _speak(
-    console: Console,
-    label: str,
-    speaker: Speaker,
-    turns: list[Turn],
-    sampling: Sampling,
-    *,
-    as_base: bool,
-) -> Answer:
-    console.print(f"[bold]{label}[/bold] ", end="")
-
-    def say(piece: str) -> None:
-        console.print(piece, end="", markup=False, highlight=False, soft_wrap=True)
-
-    spoken = speaker.answer(turns, sampling, say, as_base=as_base)
-    console.print("" if spoken.stopped else " [dim](cut at --max-new-tokens)[/dim]")
-    return spoken
-
-
-def _name(source: Path) -> str:
-    run = Run(source.parent if source.name == "adapter" else source.parent.parent)
-    what = "finished adapter" if source.name == "adapter" else source.name
-    return f"{run.dir.parent.name}/{run.dir.name}, {what}"
+def _name(found: Trained) -> str:
+    if found.source is None:
+        return found.name
+    what = "finished adapter" if found.source.name == "adapter" else found.source.name
+    return f"{found.name}, {what}"

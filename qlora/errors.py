@@ -42,6 +42,10 @@ class CheckpointError(QLoRAError):
     """A run directory, checkpoint or adapter is missing, torn or not what it claims to be."""
 
 
+class ExportError(QLoRAError):
+    """What was to be written for use elsewhere was not: the place is taken, or it is not what was trained."""
+
+
 class TrainingDiverged(QLoRAError):
     """A loss, gradient or weight stopped being a finite number, or losses rose too far; names the rows."""
 

@@ -63,7 +63,7 @@ def answer_all(
         with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
             for start in progress(range(0, len(order), batch_size), "answering"):
                 chosen = order[start : start + batch_size]
-                ids, mask = _left_padded([prompts[index] for index in chosen], tok.pad_token_id)
+                ids, mask = left_padded([prompts[index] for index in chosen], tok.pad_token_id)
                 with torch.inference_mode():
                     output = model.generate(
                         input_ids=ids.to(device),
@@ -105,10 +105,10 @@ class _Speaker(TextStreamer):
             self.say(text)
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) ids and mask; the prompts end together, so that generation goes on from the last column."""
+    """(B, T) ids and mask, int64; the prompts end together, so that generation goes on from the last column."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)

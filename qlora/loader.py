@@ -8,8 +8,7 @@ evaluation does not change what a later training step computes.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -22,7 +21,6 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, BitsAndBytesConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
-from transformers.utils import logging as transformers_logging
 
 from qlora import cards, configfile, fused, hardware, nf4, rundir, vault, weights
 from qlora.attention import bounded, sdpa_on
@@ -134,13 +132,12 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
     try:
         key = _key(recipe, card, config, dtype)
         if key is not None:
-            with _bars(bars):
+            with weights.bars(bars):
                 model, notes = _found(key, place, dtype, attention)
         from_cache = model is not None
         if model is None:
             revision = config.commit or recipe.model.revision
-            files = weights.files(where, revision)
-            _require_inside(where, files, recipe)
+            files = weight_files(recipe, config)
             size = sum(file.stat().st_size for file in files)
             if wanted and not config.is_prequantized:
                 asked = BitsAndBytesConfig(
@@ -149,7 +146,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
                     bnb_4bit_use_double_quant=recipe.quant.double_quant,
                     bnb_4bit_compute_dtype=dtype,
                 )
-            with _bars(bars):
+            with weights.bars(bars):
                 model = weights.assemble(config.config, files, place, dtype, attention, asked)
             model.generation_config = weights.generation_config(where, revision, model)
     except UNREADABLE as error:
@@ -162,7 +159,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         nf4.prepare(model, card, dtype)
     _require_finite(model)
     if key is not None and size >= MIN_KEPT_BYTES:
-        with _bars(bars):
+        with weights.bars(bars):
             notes += (_keep(key, recipe, card, dtype, model),)
     spare_tables(model, recipe)
     return Base(
@@ -174,6 +171,7 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
             "architecture": type(model).__name__,
             "attention": attention,
             "compute_dtype": str(dtype).removeprefix("torch."),
+            **shape_facts(config),
             "quantized_linears": sum(1 for _ in nf4.linears(model)),
             "prequantized": config.is_prequantized,
             "footprint_bytes": model.get_memory_footprint(),
@@ -181,6 +179,13 @@ def load_base(recipe: Recipe, card: Card, config: BaseConfig, *, bars: bool = Tr
         },
         notes,
     )
+
+
+def shape_facts(config: BaseConfig) -> dict[str, Any]:
+    """What tells one base's configuration from another's: an adapter fits no other."""
+    text = config.config.get_text_config()
+    names = ("model_type", "hidden_size", "num_hidden_layers", "vocab_size")
+    return {name: getattr(text, name, None) for name in names}
 
 
 def spare_tables(model: Any, recipe: Recipe) -> None:
@@ -205,6 +210,19 @@ def spare_tables(model: Any, recipe: Recipe) -> None:
         leave_embedding_with_host(model)
 
 
+def weight_files(recipe: Recipe, config: BaseConfig) -> list[Path]:
+    """The files of a base's checkpoint, downloaded if it is of the hub.
+
+    Raises:
+        ModelError: Its index names a file outside of its folder.
+        OSError: There are none, or the hub cannot be asked; transformers' own words.
+    """
+    where = _where(recipe)
+    files = weights.files(where, config.commit or recipe.model.revision)
+    _require_inside(where, files, recipe)
+    return files
+
+
 def _where(recipe: Recipe) -> str:
     name = recipe.model.name
     return str(local_path(name)) if is_local(name) else name
@@ -227,19 +245,6 @@ def _require_inside(where: str, files: Sequence[Path], recipe: Recipe) -> None:
                 f"model.name is {recipe.model.name!r}, but its index names {file}, which lies outside its "
                 "folder. Weights are taken from the model's own folder alone; fetch the model again."
             )
-
-
-@contextmanager
-def _bars(shown: bool) -> Iterator[None]:
-    """Keep transformers' bars off in the block, unless they may be shown."""
-    had = transformers_logging.is_progress_bar_enabled()
-    if not shown:
-        transformers_logging.disable_progress_bar()
-    try:
-        yield
-    finally:
-        if had:
-            transformers_logging.enable_progress_bar()
 
 
 def _key(recipe: Recipe, card: Card, config: BaseConfig, dtype: torch.dtype) -> str | None:

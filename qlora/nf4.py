@@ -36,6 +36,15 @@ def is_plain(linear: nn.Module) -> bool:
     return state.quant_type == "nf4" and linear.weight.dtype == torch.uint8 and not reordered
 
 
+def unpacked(linear: Any) -> torch.Tensor:
+    """The matrix (out_features, in_features) that a packed linear multiplies with, in its own dtype."""
+    weight = linear.weight
+    state = getattr(weight, "quant_state", None)
+    if state is None:
+        return weight.detach()
+    return bnb.functional.dequantize_4bit(weight.data, state).detach()
+
+
 def unpacked_numel(parameter: nn.Parameter) -> int:
     """Weights a parameter stands for. A packed ``Params4bit`` has half as many elements, or fewer."""
     state = getattr(parameter, "quant_state", None)

@@ -56,7 +56,10 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         RecipeError: Unreadable, an unknown key (with the nearest known one), a value of the wrong
             type or out of bounds, or a file that is not there. All problems are listed at once.
     """
-    path = cookbook.find(source)
+    return _load(cookbook.find(source), overrides, with_data=True)
+
+
+def _load(path: Path, overrides: Sequence[str], *, with_data: bool) -> Recipe:
     if path.suffix.lower() in sources.ENDINGS:
         raise RecipeError(
             f"{shown(path)}: a data file, not a recipe. `qlora init {shown(path)} --model MODEL` writes "
@@ -79,8 +82,17 @@ def load_recipe(source: str | Path, overrides: Sequence[str] = ()) -> Recipe:
         recipe = recipe.model_copy(
             update={"run": recipe.run.model_copy(update={"name": _name_of(path)})}
         )
-    _require_files(recipe, origin)
+    _require_files(recipe, origin, with_data=with_data)
     return recipe
+
+
+def recorded(file: Path) -> Recipe:
+    """The recipe that a run wrote, whose data may have moved since: only its base and template are needed.
+
+    Raises:
+        RecipeError: As :func:`load_recipe`.
+    """
+    return _load(file, (), with_data=False)
 
 
 def recipe_from(values: Mapping[str, Any]) -> Recipe:
@@ -94,7 +106,7 @@ def recipe_from(values: Mapping[str, Any]) -> Recipe:
     recipe = _validate(copied, "recipe", {}, ())
     if not recipe.run.name:
         raise RecipeError("recipe: run.name is not set. Give the run a name, such as 'mine'.")
-    _require_files(recipe, "recipe")
+    _require_files(recipe, "recipe", with_data=True)
     return recipe
 
 
@@ -316,10 +328,12 @@ def _field_help(address: tuple[str, ...]) -> str:
     return text
 
 
-def _require_files(recipe: Recipe, origin: str) -> None:
+def _require_files(recipe: Recipe, origin: str, *, with_data: bool) -> None:
     """Refuse a recipe whose local files are not there, before anything is started."""
-    wanted: list[tuple[str, str | None]] = [("data.train", s.name) for s in recipe.data.sources]
-    wanted.append(("data.held_out", recipe.data.held_out))
+    wanted: list[tuple[str, str | None]] = []
+    if with_data:
+        wanted += [("data.train", s.name) for s in recipe.data.sources]
+        wanted.append(("data.held_out", recipe.data.held_out))
     wanted.append(("data.chat_template", recipe.data.chat_template))
     missing = []
     for key, name in wanted:

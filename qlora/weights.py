@@ -9,20 +9,25 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import logging
 import sys
+import tempfile
 import traceback
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from transformers import GenerationConfig
+from transformers import AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
+from transformers.utils import logging as transformers_logging
 from transformers.utils.hub import get_checkpoint_shard_files
 
 from qlora import hardware, nf4
+from qlora.cards import Card
 
 LARGE_BYTES = 2**20
 
@@ -49,6 +54,11 @@ class Stored:
             _give_back_freed_memory()
         return tensor
 
+    @property
+    def shape(self) -> tuple[int, ...]:
+        with safe_open(self.file, framework="pt") as opened:
+            return tuple(opened.get_slice(self.name).get_shape())
+
     def get_dtype(self) -> str:
         """The dtype as the file calls it, such as ``BF16``."""
         with safe_open(self.file, framework="pt") as opened:
@@ -65,6 +75,31 @@ def _give_back_freed_memory() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)  # musl has none, and no need
         if trim is not None:
             trim(0)
+
+
+@contextmanager
+def _silent(name: str) -> Iterator[None]:
+    """A logger of another package says nothing but errors in the block."""
+    logger = logging.getLogger(name)
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+@contextmanager
+def bars(shown: bool) -> Iterator[None]:
+    """Keep transformers' bars off in the block, unless they may be shown."""
+    had = transformers_logging.is_progress_bar_enabled()
+    if not shown:
+        transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if had:
+            transformers_logging.enable_progress_bar()
 
 
 def files(where: str, revision: str | None) -> list[Path]:
@@ -159,6 +194,40 @@ def assemble(
     if unfit := nf4.unfit(model):
         raise Incomplete(_listed(unfit, "; "))
     return model
+
+
+def reopened(folder: Path, card: Card, dtype: torch.dtype, attention: str) -> Any:
+    """A 16-bit model as anybody would load it, whose weights come from disk when their layer computes.
+
+    It takes one layer's memory, however large the model; on a card, what there is room for stays there.
+
+    Raises:
+        Incomplete: Not every tensor of the model is in the files with its shape, or more than those.
+        OSError, ValueError, SafetensorError: The folder is no model.
+    """
+    place: dict[str, Any] = {"device_map": {"": "disk"}}
+    if card.kind == "cuda":
+        free = card.free_bytes * 3 // 4
+        place = {"device_map": "auto", "max_memory": {0: free, "cpu": hardware.ram_bytes()[1] // 2}}
+    # Nothing is written into the spare folder: safetensors are read where they are.
+    with (
+        bars(False),
+        _silent("accelerate.big_modeling"),
+        tempfile.TemporaryDirectory() as spare,
+    ):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            attn_implementation=attention,
+            offload_folder=spare,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **place,
+        )
+    _require_all(info["missing_keys"], info["mismatched_keys"])
+    if info["unexpected_keys"]:
+        raise Incomplete(f"the model has no place for {_listed(sorted(info['unexpected_keys']))}")
+    return model.eval()
 
 
 def _require_all(missing: Collection[str], mismatched: Collection[tuple[str, Any, Any]]) -> None:

@@ -302,7 +302,7 @@ def test_a_run_through_it_trains_resumes_and_answers(make_recipe: Any) -> None:
     spoken = speaker.answer([Turn("user", "What?")], Sampling(max_new_tokens=5), said.append)
     prompts = [[5, 6, 7], [9, 8]]
     batch = generation.answer_all(
-        speaker.model, speaker.renderer.tok, prompts, Sampling(max_new_tokens=3), 2
+        speaker.model, speaker.found.renderer.tok, prompts, Sampling(max_new_tokens=3), 2
     )
     assert len(batch) == 2 and "".join(said).strip() == spoken.text
 
