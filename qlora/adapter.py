@@ -201,10 +201,14 @@ def assert_census(model: nn.Module) -> None:
 def base_digest(model: nn.Module) -> str:
     """SHA-256 over every frozen tensor, scales included: equal before and after training."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        if "lora_" not in name and _TOKEN_ROWS not in name:
-            digest.update(name.replace("base_model.model.", "").replace(".base_layer", "").encode())
-            digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    frozen = {
+        re.sub(r"base_model\.model\.|\.token_adapter|\.base_layer", "", name): tensor
+        for name, tensor in model.state_dict().items()
+        if "lora_" not in name and _TOKEN_ROWS not in name
+    }
+    for name, tensor in sorted(frozen.items()):
+        digest.update(name.encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
     return digest.hexdigest()
 
 

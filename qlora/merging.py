@@ -147,6 +147,8 @@ def merge(
     with adapter.disabled(model):
         learned = probes.agreement(reference, model)
     candidates, originals = _candidates(found, model, onto, screen)
+    for one in candidates.values():
+        one.prove()
     measured, to_checkpoint = _measure(candidates, originals, wanted, probes, reference, screen)
     kept = min(measured, key=lambda name: measured[name].kl)
     limit = _limit(max_kl, wanted, learned, quantized=kept == "16bit" and originals is not None)
