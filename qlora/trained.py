@@ -28,6 +28,7 @@ from qlora.settings import Data, Model, Quant, Recipe
 MERGED = (
     "merge.json"  # in the folder of a merged model, written last: what it is and how near it came
 )
+LONGEST = 4096  # tokens of a row, for a model that says nothing of its rows
 UNKNOWN = "-"  # in the place of data files that a model does not name
 QuantType = Literal["nf4", "none"]
 
@@ -181,6 +182,12 @@ def require_one_base(first: Trained, other: Trained) -> None:
                 f"{first.name} and {other.name} were not trained on one base: {key} is {value!r} in the "
                 f"first and {theirs[key]!r} in the second. Name runs of one base."
             )
+    (then, digest), (again, other_digest) = (_recorded_base(one.run) for one in (first, other))
+    if then is not None and then == again and digest != other_digest:
+        raise CheckpointError(
+            f"{first.name} and {other.name} were not trained on one base: {first.recipe.model.name!r} had "
+            "other weights when the second was trained. Name runs of one base."
+        )
 
 
 def knows_data(found: Trained) -> bool:
@@ -212,7 +219,7 @@ def _model(where: str, quant: QuantType | None) -> Trained:
     if (Path(where) / MERGED).is_file():
         told = rundir.read_json(Path(where) / MERGED)
     try:
-        data = Data.model_validate(told["data"]) if told else Data(train=(UNKNOWN,))
+        data = Data.model_validate(told["data"]) if told else Data(train=(UNKNOWN,), max_length=8)
         chat, form = (told["rendering"] == "chat", told["form"]) if told else (None, "")
     except (ValueError, KeyError):
         raise CheckpointError(
@@ -226,6 +233,10 @@ def _model(where: str, quant: QuantType | None) -> Trained:
         **({"eval": told["eval"]} if "eval" in told else {}),
     )  # fmt: skip
     config = loader.read_config(recipe)
+    if not told:  # as long as it can
+        known = getattr(config.config.get_text_config(), "max_position_embeddings", None)
+        data = data.model_copy(update={"max_length": min(known or LONGEST, LONGEST)})
+        recipe = recipe.model_copy(update={"data": data})
     if config.is_prequantized:
         recipe = recipe.model_copy(update={"quant": Quant(quant_type="nf4")})
     tok, _ = tokenizer.load(recipe, config.commit)
@@ -282,15 +293,7 @@ def _require_same_config(found: Trained, run: Run) -> None:
 
 def _require_same_weights(found: Trained, run: Run, model: Any) -> None:
     """Refuse a base of the same shape with other weights, where equal ones would be equal bit by bit."""
-    environment = _environment(run)
-    try:
-        digest = rundir.read_json(run.dir / "before.json")["of"]["base"]
-        then = (
-            environment["card"]["kind"], environment["base"]["compute_dtype"],
-            environment["packages"]["bitsandbytes"],
-        )  # fmt: skip
-    except (QLoRAError, LookupError, TypeError):  # a run of an older version
-        return
+    then, digest = _recorded_base(run)
     dtype = str(model.dtype).removeprefix("torch.")
     if then != (found.card.kind, dtype, version("bitsandbytes")):
         return
@@ -299,6 +302,22 @@ def _require_same_weights(found: Trained, run: Run, model: Any) -> None:
             f"{run.dir}: {found.recipe.model.name!r} has the shape of the run's base, but other "
             f"weights.\n  {_other_base(run, found.recipe)}"
         )
+
+
+def _recorded_base(run: Run | None) -> tuple[tuple[str, str, str] | None, str]:
+    """What decides the digest of a run's base beside its weights, and that digest; None where untold."""
+    if run is None:
+        return None, ""
+    environment = _environment(run)
+    try:
+        digest = rundir.read_json(run.dir / "before.json")["of"]["base"]
+        then = (
+            environment["card"]["kind"], environment["base"]["compute_dtype"],
+            environment["packages"]["bitsandbytes"],
+        )  # fmt: skip
+    except (QLoRAError, LookupError, TypeError):  # a run of an older version
+        return None, ""
+    return then, digest
 
 
 def _environment(run: Run) -> dict[str, Any]:

@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
 from qlora.cli.app import app
-
-
-class Onto(StrEnum):
-    auto = "auto"
-    nf4 = "nf4"
-    bit16 = "16bit"
-
-
-class DType(StrEnum):
-    auto = "auto"
-    bfloat16 = "bfloat16"
-    float16 = "float16"
-    float32 = "float32"
 
 
 @app.command()
@@ -31,15 +17,16 @@ def merge(
         Path | None, typer.Option(help="The folder to write; default: RUN/merged.")
     ] = None,
     onto: Annotated[
-        Onto,
+        Literal["auto", "nf4", "16bit"],
         typer.Option(
             help="The base to fold into: what was trained on (nf4, unpacked), the checkpoint it was "
             "quantized from (16bit), or the nearer of both to the trained model, as measured (auto)."
         ),
-    ] = Onto.auto,
+    ] = "auto",
     dtype: Annotated[
-        DType, typer.Option(help="Of the weights; auto: what the run computed in.")
-    ] = DType.auto,
+        Literal["auto", "bfloat16", "float16", "float32"],
+        typer.Option(help="Of the weights; auto: what the run computed in."),
+    ] = "auto",
     max_kl: Annotated[
         float | None,
         typer.Option(
@@ -56,9 +43,7 @@ def merge(
     from qlora import merging, places
 
     console = Console(stderr=as_json)
-    merged = merging.merge(
-        run, out, onto=onto.value, dtype=dtype.value, max_kl=max_kl, console=console
-    )
+    merged = merging.merge(run, out, onto=onto, dtype=dtype, max_kl=max_kl, console=console)
     if as_json:
         print(json.dumps(merged.to_json() | {"dir": str(merged.dir)}, indent=2))
     else:
