@@ -223,15 +223,17 @@ def main() -> None:
         RUN: [pin for name, pin in all_run.items() if name not in {"torch", *cuda}],
         TORCH: [all_run["torch"]],
         CUDA: [all_run[name] for name in cuda],
-        DEV: [pin for name, pin in all_dev.items() if name not in all_run],
+        # Also what tests want where qlora does not, such as colorama beside Windows.
+        DEV: [
+            pin
+            for name, pin in all_dev.items()
+            if name not in all_run or str(pin.requirement) != str(all_run[name].requirement)
+        ],
         KIT: list(compiled(TOOLS, [], {}).values()),
     }
     for name, found in written.items():
         (ROOT / name).write_text(lock(name, found))
         print(f"{name}: {len(found)} packages, {sum(len(pin.hashes) for pin in found):,} files")
-    wider = [n for n, p in all_run.items() if str(p.requirement) != str(all_dev[n].requirement)]
-    if wider:
-        raise SystemExit(f"tests need {', '.join(wider)} on more platforms than qlora does")
 
 
 if __name__ == "__main__":
