@@ -35,6 +35,13 @@ def train(
         str | None,
         typer.Option(metavar="TIME", help="End within 90m, 2h ...: steps are fitted to it."),
     ] = None,
+    finish: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEPS",
+            help="Go on when training has ended: merge, gguf, ollama, vllm, such as merge,gguf:q8_0.",
+        ),
+    ] = None,
 ) -> None:
     """Fine-tune as a recipe says; ends with where the adapter is and what to type next.
 
@@ -49,8 +56,15 @@ def train(
         with hub.door(loaded):  # a dead hub is told of before anything slow is imported
             from qlora import trainer
 
-            trainer.train(
+            wanted = ()
+            if finish is not None:
+                from qlora import finishing
+
+                wanted = finishing.steps(finish)
+            run = trainer.train(
                 loaded, resume=resume, allow_change=allow_change or (), budget=budget, began=BEGAN
             )
     except KeyboardInterrupt:
         raise Interrupted("Stopped before the first step.") from None
+    if wanted:
+        finishing.finish(run, wanted)
