@@ -349,6 +349,11 @@ def take_off(model: PeftModel, name: str, label: str) -> tuple[Any, Matrices]:
     Raises:
         CheckpointError: The adapter is more than a sum onto linears.
     """
+    if any(_TOKEN_ROWS in path for path, _ in model.named_parameters()):
+        raise CheckpointError(
+            f"{label}: rows of the embedding were trained with it (lora.train_new_tokens), so it cannot "
+            "share a base with others. Merge it with `qlora merge` and name the merged model."
+        )
     own = model.get_base_model()
     found: Matrices = {}
     for path, module in own.named_modules():
@@ -361,11 +366,6 @@ def take_off(model: PeftModel, name: str, label: str) -> tuple[Any, Matrices]:
                 )
             a, b = lora.lora_A[name].weight, lora.lora_B[name].weight
             found[path] = (a.detach(), b.detach(), float(lora.scaling[name]))
-    if any(_TOKEN_ROWS in path for path, _ in model.named_parameters()):
-        raise CheckpointError(
-            f"{label}: rows of the embedding were trained with it (lora.train_new_tokens), so it cannot "
-            "share a base with others. Merge it with `qlora merge` and name the merged model."
-        )
     return model.unload(), found
 
 

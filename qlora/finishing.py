@@ -50,8 +50,8 @@ def steps(text: str) -> tuple[Step, ...]:
         name, colon, quant = word.strip().partition(":")
         if name not in NAMES or (colon and name not in ("gguf", "ollama")):
             raise RecipeError(
-                f"--finish names {word.strip()!r}. Write some of {', '.join(NAMES)} with commas between, of "
-                "a GGUF file with its type: merge,gguf:q8_0."
+                f"--finish names {word.strip()!r}. Write some of {', '.join(NAMES)} with commas between, "
+                "of a GGUF file with its type: merge,gguf:q8_0."
             )
         step = Step(name, quant or export.QUANT)
         if name in ("gguf", "ollama"):
