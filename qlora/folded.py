@@ -18,6 +18,7 @@ from torch.nn import functional
 from qlora import adapter, nf4
 from qlora.errors import ExportError
 from qlora.kernels.head import PackedHead
+from qlora.shards import Slot
 from qlora.weights import Stored
 
 PROBES = 16  # random inputs of a linear
@@ -94,6 +95,16 @@ class Folded:
             return (found.float() + adapter.delta(self.model, path)).to(dtype)
         return found.to(dtype) if found.is_floating_point() else found
 
+    def slots(self, dtype: torch.dtype) -> dict[str, Slot]:
+        """What :meth:`tensor` gives for each name."""
+        found = {}
+        for name, (_, module, key) in self._modules.items():
+            stored = getattr(module, key)
+            numbers = stored.is_floating_point() or isinstance(module, PackedHead)
+            kept = not numbers and name not in self.packed
+            found[name] = Slot(self.shapes[name], stored.dtype if kept else dtype)
+        return found
+
     @torch.inference_mode()
     def prove(self) -> float:
         """Ask each linear of the trained model, and find in its answer what the merged matrix adds.
@@ -123,8 +134,8 @@ class Folded:
             if not apart <= TOLERANCE:
                 raise ExportError(
                     f"the merged model is not what was trained: {name} adds something else than the "
-                    "adapter does there. Nothing is kept. Please report this with the versions that `qlora doctor` "
-                    "prints."
+                    "adapter does there. Nothing is kept. Please report this with the versions that `qlora "
+                    "doctor` prints."
                 )
             worst = max(worst, apart)
         return worst

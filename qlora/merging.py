@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import shutil
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
@@ -267,7 +267,8 @@ def _write(
     folder: Path, found: Trained, model: Any, folded: Folded, dtype: torch.dtype, screen: Screen
 ) -> None:
     """Weights, configuration, tokenizer, and what ends a generation."""
-    size = sum(shape.numel() for shape in folded.shapes.values()) * dtype.itemsize
+    slots = folded.slots(dtype)
+    size = sum(slot.nbytes for slot in slots.values())
     free = shutil.disk_usage(folder).free
     if free < size + SPARE_BYTES:
         raise ExportError(
@@ -275,10 +276,10 @@ def _write(
             "are free. Free some room, or name another folder with --out."
         )
 
-    def watch(names: Iterable[str]) -> Iterable[str]:
+    def watch(names: Sequence[str]) -> Iterable[str]:
         return screen.track(names, "merging")
 
-    shards.write(folder, folded.shapes, dtype, lambda name: folded.tensor(name, dtype), watch)
+    shards.write(folder, slots, lambda name: folded.tensor(name, dtype), watch)
     config = copy.deepcopy(folded.base.config)
     if hasattr(config, "quantization_config"):
         del config.quantization_config

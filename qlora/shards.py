@@ -1,17 +1,40 @@
-"""A model's tensors written as safetensors files of bounded size, with the index that names them."""
+"""A model's tensors written as safetensors files of bounded size, with the index that names them.
+
+Each tensor is made, written and let go of before the next one: the library's own writer wants all of a file
+in memory, and copies it. The format is a header of JSON that says where each tensor begins, and then their
+bytes (huggingface/safetensors, README, "Format").
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME
 
 from qlora import rundir
 
-LIMIT_BYTES = 2**30  # of a file: what is in memory beside the model while it is written
+LIMIT_BYTES = 2**30  # of a file, for those who fetch it; a larger tensor has one of its own
+_NAMES = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.float64: "F64",
+    torch.int64: "I64", torch.int32: "I32", torch.int8: "I8", torch.uint8: "U8", torch.bool: "BOOL",
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Slot:
+    """What a tensor will be."""
+
+    shape: torch.Size
+    dtype: torch.dtype
+
+    @property
+    def nbytes(self) -> int:
+        return self.shape.numel() * self.dtype.itemsize
 
 
 def parts(sizes: Mapping[str, int], limit_bytes: int = LIMIT_BYTES) -> list[list[str]]:
@@ -33,49 +56,64 @@ def parts(sizes: Mapping[str, int], limit_bytes: int = LIMIT_BYTES) -> list[list
 
 def write(
     folder: Path,
-    shapes: Mapping[str, torch.Size],
-    dtype: torch.dtype,
+    slots: Mapping[str, Slot],
     make: Callable[[str], torch.Tensor],
-    watch: Callable[[Iterable[str]], Iterable[str]] = iter,
-    limit_bytes: int = LIMIT_BYTES,
+    watch: Callable[[Sequence[str]], Iterable[str]] = iter,
+    limit_bytes: int | None = None,
 ) -> int:
-    """Write a model file by file, each tensor made when its file is filled.
+    """Write a model file by file, tensor by tensor.
 
     Args:
         folder: Where; it is there already.
-        shapes: Of every tensor, by name.
-        dtype: What they will have, for the sizes of files.
+        slots: What each tensor will be, by name.
         make: Gives a tensor.
         watch: Wraps the names, to show how far it is.
-        limit_bytes: Of a file.
+        limit_bytes: Of a file; :data:`LIMIT_BYTES` by default.
 
     Returns:
         Bytes of all tensors.
 
     Raises:
-        OSError, SafetensorError: The disk is full or not to be written.
+        OSError: The disk is full or not to be written.
     """
-    sizes = {name: shape.numel() * dtype.itemsize for name, shape in shapes.items()}
-    groups = parts(sizes, limit_bytes)
+    sizes = {name: slot.nbytes for name, slot in slots.items()}
+    groups = parts(sizes, LIMIT_BYTES if limit_bytes is None else limit_bytes)
     names = iter(watch(list(sizes)))
     index: dict[str, str] = {}
-    total = 0
     for number, group in enumerate(groups, start=1):
         file = f"model-{number:05}-of-{len(groups):05}.safetensors"
         if len(groups) == 1:
             file = SAFE_WEIGHTS_NAME
-        filled = {}
-        for name in group:
-            assert next(names) == name
-            filled[name] = make(name).contiguous().cpu()
-            index[name] = file
-        total += sum(tensor.nbytes for tensor in filled.values())
-        save_file(filled, folder / file, metadata={"format": "pt"})
-        (folder / file).chmod(0o644)  # safetensors 0.6 leaves it to its owner alone
-        del filled
+        with (folder / file).open("wb") as opened:
+            opened.write(_header({name: slots[name] for name in group}))
+            for name in group:
+                assert next(names) == name
+                tensor = make(name)
+                assert (tensor.shape, tensor.dtype) == (slots[name].shape, slots[name].dtype), name
+                flat = tensor.detach().contiguous().cpu().flatten()
+                opened.write(flat.view(torch.uint8).numpy().data)
+                index[name] = file
+            opened.flush()
+            os.fsync(opened.fileno())
+    next(names, None)  # the bar ends
     if len(groups) > 1:
         rundir.write_json(
             folder / SAFE_WEIGHTS_INDEX_NAME,
-            {"metadata": {"total_size": total}, "weight_map": index},
+            {"metadata": {"total_size": sum(sizes.values())}, "weight_map": index},
         )
-    return total
+    return sum(sizes.values())
+
+
+def _header(slots: Mapping[str, Slot]) -> bytes:
+    said: dict[str, object] = {"__metadata__": {"format": "pt"}}
+    at = 0
+    for name, slot in slots.items():
+        said[name] = {
+            "dtype": _NAMES[slot.dtype],
+            "shape": list(slot.shape),
+            "data_offsets": [at, at + slot.nbytes],
+        }
+        at += slot.nbytes
+    text = json.dumps(said, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # the tensors begin at a multiple of eight
+    return len(text).to_bytes(8, "little") + text

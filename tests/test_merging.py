@@ -12,6 +12,7 @@ import torch
 from conftest import save_tiny
 from peft import PeftModel
 from rich.console import Console
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -200,27 +201,26 @@ def test_what_is_wrong_in_the_sum_alone_is_caught_by_the_verdict(run, tmp_path, 
 
 def test_a_file_that_does_not_hold_what_was_measured_is_caught(run, tmp_path, monkeypatch):
     """What counts is what is on disk, not what was computed before it was written."""
-    write = shards.save_file
+    write, layers = shards.write, [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
+    other = dict(zip(layers, reversed(layers), strict=True))
 
-    def swapped(tensors, path, metadata):
-        layers = [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
-        tensors[layers[0]], tensors[layers[1]] = tensors[layers[1]], tensors[layers[0]]
-        write(tensors, path, metadata)
+    def swapped(folder, slots, make, watch):
+        return write(folder, slots, lambda name: make(other.get(name, name)), watch)
 
-    monkeypatch.setattr(shards, "save_file", swapped)
+    monkeypatch.setattr(shards, "write", swapped)
     with pytest.raises(ExportError, match="not what was trained"):
         merging.merge(run.dir, tmp_path / "out", console=QUIET)
     assert nothing_left(tmp_path)
 
 
 def test_a_file_that_lacks_a_tensor_is_caught(run, tmp_path, monkeypatch):
-    write = shards.save_file
+    write = shards.write
 
-    def lacking(tensors, path, metadata):
-        del tensors["model.layers.1.self_attn.k_proj.weight"]
-        write(tensors, path, metadata)
+    def lacking(folder, slots, make, watch):
+        del slots["model.layers.1.self_attn.k_proj.weight"]
+        return write(folder, slots, make, watch)
 
-    monkeypatch.setattr(shards, "save_file", lacking)
+    monkeypatch.setattr(shards, "write", lacking)
     with pytest.raises(ExportError, match="does not load again: 1 of its tensors is missing"):
         merging.merge(run.dir, tmp_path / "out", console=QUIET)
     assert nothing_left(tmp_path)
@@ -277,8 +277,7 @@ def test_trained_rows_of_new_tokens_are_in_the_merged_tables(tmp_path, tied):
 
 def test_many_files_are_named_by_an_index_and_hold_the_same(run, tmp_path, monkeypatch):
     whole = merging.merge(run.dir, tmp_path / "whole", console=QUIET)
-    written = shards.write
-    monkeypatch.setattr(shards, "write", lambda *args: written(*args, limit_bytes=2**16))
+    monkeypatch.setattr(shards, "LIMIT_BYTES", 2**16)
     merging.merge(run.dir, tmp_path / "parts", console=QUIET)
     files = sorted(path.name for path in (tmp_path / "parts").glob("*.safetensors"))
     assert len(files) > 4 and files[0] == f"model-00001-of-{len(files):05}.safetensors"
@@ -293,35 +292,36 @@ def test_many_files_are_named_by_an_index_and_hold_the_same(run, tmp_path, monke
     assert "quantization_config" not in config and config["dtype"] == "float32"
 
 
-def test_no_tensor_is_made_before_its_file_is_written(run, tmp_path, monkeypatch):
-    """Memory is bounded by a file, not by the model."""
-    made, written = [], []
-    tensor, save = Folded.tensor, shards.save_file
-    monkeypatch.setattr(
-        Folded,
-        "tensor",
-        lambda self, name, dtype: (made.append(name), tensor(self, name, dtype))[1],
-    )
+def test_each_tensor_is_written_before_the_next_is_made(run, tmp_path):
+    """Memory is bounded by a tensor, not by a file or the model."""
+    one, sizes = Folded(trained.load(trained.find(run.dir))), []
 
-    def saved(tensors, path, metadata):
-        written.append((len(made) - counted[0], sum(t.nbytes for t in tensors.values())))
-        counted[0] = len(made)
-        save(tensors, path, metadata)
+    def make(name):
+        sizes.append(sum(path.stat().st_size for path in tmp_path.glob("*.safetensors")))
+        return one.tensor(name, torch.float32)
 
-    monkeypatch.setattr(shards, "save_file", saved)
-    model = trained.load(trained.find(run.dir))
-    one, counted = Folded(model), [0]
-    made.clear()
-    shards.write(
-        tmp_path,
-        one.shapes,
-        torch.float32,
-        lambda n: one.tensor(n, torch.float32),
-        limit_bytes=2**17,
-    )
-    assert sum(count for count, _ in written) == len(one.shapes)
-    largest = max(shape.numel() * 4 for shape in one.shapes.values())
-    assert all(size <= max(2**17, largest) for _, size in written) and len(written) > 4
+    slots = one.slots(torch.float32)
+    shards.write(tmp_path, slots, make, limit_bytes=2**17)
+    before = 0
+    for slot, there in zip(slots.values(), sizes, strict=True):
+        assert there >= before - 2**14  # what Python itself holds back
+        before += slot.nbytes
+
+
+def test_the_files_are_as_the_library_reads_and_writes_them(tmp_path):
+    torch.manual_seed(0)
+    tensors = {
+        "a.weight": torch.randn(7, 5), "b": torch.randn(3).bfloat16(), "c": torch.randn(2, 2).half(),
+        "ü": torch.arange(4), "empty": torch.zeros(0, 3), "t": torch.randn(4, 6).T,
+        "yes": torch.tensor(True),
+    }  # fmt: skip
+    slots = {name: shards.Slot(tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+    total = shards.write(tmp_path, slots, tensors.__getitem__)
+    found = load_file(tmp_path / "model.safetensors")
+    assert found.keys() == tensors.keys() and total == sum(t.nbytes for t in tensors.values())
+    assert all(torch.equal(found[name], tensors[name]) for name in tensors)
+    with safe_open(tmp_path / "model.safetensors", framework="pt") as opened:
+        assert opened.metadata() == {"format": "pt"}
 
 
 def test_the_merged_model_is_asked_and_answers_as_the_run(run, tmp_path):
@@ -417,18 +417,16 @@ def test_a_disk_that_is_too_small_is_told_before_anything_is_written(run, tmp_pa
 
 
 def test_a_disk_that_fills_in_the_middle_leaves_nothing(run, tmp_path, monkeypatch):
-    written, count = shards.save_file, []
+    calls, header = [], shards._header
 
-    def full(tensors, path, metadata):
-        count.append(path)
-        if len(count) == 3:
+    def full(slots):
+        calls.append(slots)
+        if len(calls) == 3:
             raise OSError(28, "No space left on device")
-        written(tensors, path, metadata)
+        return header(slots)
 
-    monkeypatch.setattr(shards, "save_file", full)
+    monkeypatch.setattr(shards, "_header", full)
     monkeypatch.setattr(shards, "LIMIT_BYTES", 2**16)
-    real = shards.write
-    monkeypatch.setattr(shards, "write", lambda *args: real(*args, limit_bytes=2**16))
     with pytest.raises(ExportError, match="cannot be written: No space left on device"):
         merging.merge(run.dir, tmp_path / "out", console=QUIET)
     assert nothing_left(tmp_path)
