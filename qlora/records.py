@@ -213,6 +213,24 @@ def parse(row: Mapping[str, Any], form: Format) -> Record:
     return _prompt_completion(row)
 
 
+def turns(messages: object) -> tuple[Turn, ...]:
+    """The turns of a conversation that need not end with the assistant, in any order of roles.
+
+    Raises:
+        RowError: As :func:`parse`, for what is wrong with one turn.
+    """
+    return tuple(_turns(messages, "messages", MESSAGE))
+
+
+def tools(given: object) -> Tools:
+    """Tools as the chat template is given them.
+
+    Raises:
+        RowError: One of them is no function with a name.
+    """
+    return _tools({"tools": given})
+
+
 def alpaca_prompt(instruction: str, given: str = "") -> str:
     """What stands before the answer of an alpaca row where there is no chat template.
 
