@@ -38,6 +38,25 @@ def sections(
     ]
 
 
+def recorded(account: Ledger) -> list[Block]:
+    """What a run's ledger says where neither its rows nor its tokenizer are at hand."""
+    parity = account.parity.get("checked", 0)
+    differ = sum(account.parity.get("differences", {}).values())
+    asked = f"{parity:,} rows were asked as `qlora chat` asks: {differ:,} differ from training"
+    return [
+        *_sources(account),
+        *_left_out(account, "rejected.jsonl of the run" if account.rejected.count else ""),
+        *_totals(account),
+        *(
+            [Listing("", ["rows that train, by their tokens"]), _bars(account)]
+            if any(account.lengths.values())
+            else []
+        ),
+        Listing("", [asked] * bool(parity)),
+        *([Listing("notes", account.notes)] if account.notes else []),
+    ]
+
+
 def share(part: float, whole: float) -> str:
     """A part as people read it.
 
@@ -149,11 +168,14 @@ def _lengths(account: Ledger, lengths: Sequence[int]) -> list[Block]:
     if not lengths:
         return [Listing("", ["none"])]
     median, most, nearly = (ledger.quantile(lengths, part) for part in (0.5, 0.9, 0.99))
+    said = f"median {median:,}; 90% have at most {most:,}, 99% at most {nearly:,}; longest {lengths[-1]:,}"
+    return [_bars(account), Listing("", [said])]
+
+
+def _bars(account: Ledger) -> Bars:
     edges = [0, *(int(edge) for edge in account.lengths)]
     names = [f"{low + 1:,}-{high:,}" for low, high in pairwise(edges)]
-    bars = Bars(list(zip(names, account.lengths.values(), strict=True)))
-    said = f"median {median:,}; 90% have at most {most:,}, 99% at most {nearly:,}; longest {lengths[-1]:,}"
-    return [bars, Listing("", [said])]
+    return Bars(list(zip(names, account.lengths.values(), strict=True)))
 
 
 def _packing(recipe: Recipe, account: Ledger) -> list[Block]:

@@ -27,6 +27,8 @@ FILES = (
     "recipe.yaml", "plan.json", "environment.json", "data.json", "rejected.jsonl", "before.json",
     "roll_backs.json", "metrics.jsonl",
 )  # fmt: skip
+# What the end of a run wrote, in this order.
+ENDING = ("after.json", "report.html", "result.json")
 
 
 class Mirror:
@@ -158,13 +160,13 @@ def copy_files(source: Run, target: Run, *, result: bool = False) -> None:
     Args:
         source: What is copied.
         target: Where to.
-        result: ``result.json`` as well, last: when all else of a finished run is copied.
+        result: What the end of a run wrote as well, ``result.json`` last: when all else is copied.
 
     Raises:
         OSError: A file cannot be read or written.
     """
     rundir.make_folder(target.dir)
-    for name in (*FILES, "result.json") if result else FILES:
+    for name in (*FILES, *ENDING) if result else FILES:
         path, aside = source.dir / name, target.dir / f".{name}.part"
         if path.is_symlink():
             raise CheckpointError(

@@ -9,13 +9,18 @@ from __future__ import annotations
 import html
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal, Union
 
 from rich.cells import cell_len
 from rich.text import Text
 
+from qlora import chart
+from qlora.chart import Chart
 from qlora.screen import flat, visible
 
 BAR = 40  # characters of the longest bar
+Mark = Literal["good", "note", "bad", "unknown"]
+MARKS: dict[Mark, str] = {"good": "✓", "note": "!", "bad": "✗", "unknown": "·"}
 Piece = tuple[str, bool | None]  # text, and whether it trains; None: about what is not shown
 
 
@@ -33,6 +38,7 @@ class Grid:
 
     head: Sequence[str]
     rows: Sequence[Sequence[str]]
+    words: bool = False  # not figures: they begin at the left
 
 
 @dataclass(frozen=True)
@@ -57,7 +63,42 @@ class Legend:
     """Says how text that trains is told from text that does not."""
 
 
-Block = Listing | Grid | Bars | Sample | Legend
+@dataclass(frozen=True)
+class Verdict:
+    """What came out of one question about a run, in a sentence."""
+
+    mark: Mark
+    about: str
+    said: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """One question, and texts beside each other with their names and, where one was judged, a mark."""
+
+    title: str
+    question: str
+    texts: Sequence[tuple[str, str, Mark | None]]
+
+
+@dataclass(frozen=True)
+class Commands:
+    """What to type."""
+
+    lines: Sequence[str]
+
+
+@dataclass(frozen=True)
+class Fold:
+    """Blocks that a page shows when they are asked for; as text they stand under their heading."""
+
+    heading: str
+    blocks: Sequence[Block]
+
+
+Block = Union[
+    Listing, Grid, Bars, Sample, Legend, Verdict, Answers, Commands, Chart, "Fold"
+]  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -103,6 +144,23 @@ def _append(out: Text, block: Block, width: int, coloured: bool) -> None:
             else:
                 out.append("  ⟦text in such brackets⟧ trains, the rest does not (")
                 out.append("a bracket of the text itself is written \\⟦ or \\⟧)\n")
+        case Verdict():
+            colour = {"good": "green", "note": "yellow", "bad": "red", "unknown": "dim"}[block.mark]
+            out.append(f"  {MARKS[block.mark]} ", style=colour if coloured else "")
+            out.append(f"{flat(block.about)}: {flat(block.said)}\n")
+        case Chart():
+            out.append(f"  {flat(block.title)}\n")
+            out.append("".join(f"    {line}\n" for line in chart.told(block)))
+        case Answers():
+            out.append(f"\n  {flat(block.title)}\n")
+            for name, said, mark in [("asked", block.question, None), *block.texts]:
+                out.append(f"    {name}{' ' + MARKS[mark] if mark else ''}: {flat(said)}\n")
+        case Commands():
+            out.append("".join(f"    {flat(line)}\n" for line in block.lines))
+        case Fold():
+            out.append(f"  {flat(block.heading)}\n")
+            for inner in block.blocks:
+                _append(out, inner, width, coloured)
         case Sample():
             out.append(f"\n  {flat(block.title)}\n")
             out.append("".join(f"    {flat(remark)}\n" for remark in block.remarks))
@@ -148,7 +206,8 @@ def _columns(grid: Grid, width: int) -> Iterator[str]:
         for row in cells:
             line = f"  {row[0]}{' ' * (wide[0] - cell_len(row[0]))}"
             for i in range(start, end):
-                line += f"  {' ' * (wide[i] - cell_len(row[i]))}{row[i]}"
+                gap = " " * (wide[i] - cell_len(row[i]))
+                line += f"  {row[i]}{gap}" if grid.words else f"  {gap}{row[i]}"
             if line.strip():
                 yield line.rstrip()
         start = end
@@ -156,7 +215,12 @@ def _columns(grid: Grid, width: int) -> Iterator[str]:
 
 # --- HTML
 
-STYLE = """
+STYLE = f"""
+.qlora-page {{ {chart.palette(chart.LIGHT)} --good: #1b7f3b; --note: #97650b; --bad: #c02b2b; }}
+@media (prefers-color-scheme: dark) {{ .qlora-page {{ {chart.palette(chart.DARK)}
+  --good: #62c48a; --note: #e0b04c; --bad: #f47c7c; }} }}
+"""
+STYLE += """
 .qlora-page {
   --back: #fff; --text: #1c1e21; --faint: #5f6570; --line: #d9dce1; --green: #b7ebc1; --bar: #6a9fd8;
   background: var(--back); color: var(--text); padding: 1rem; box-sizing: border-box;
@@ -173,6 +237,7 @@ STYLE = """
 .qlora-page th, .qlora-page td { padding: .15rem .7rem; border-bottom: 1px solid var(--line);
   text-align: right; font-variant-numeric: tabular-nums; font-weight: normal; background: none; }
 .qlora-page thead th { color: var(--faint); }
+.qlora-page .words td, .qlora-page .words thead th { text-align: left; overflow-wrap: anywhere; }
 .qlora-page tbody th { text-align: left; white-space: pre; }
 .qlora-page td.bar { width: 24rem; }
 .qlora-page td.bar div { background: var(--bar); height: .8em; }
@@ -181,7 +246,19 @@ STYLE = """
   padding: .3rem .7rem; }
 .qlora-page mark { background: var(--green); color: var(--text); unicode-bidi: isolate; }
 .qlora-page em { color: var(--faint); }
+.qlora-page .verdict { display: flex; gap: .6rem; margin: .25rem 0; }
+.qlora-page .verdict b { flex: none; width: 1.1em; text-align: center; }
+.qlora-page .good { color: var(--good); } .qlora-page .note { color: var(--note); }
+.qlora-page .bad { color: var(--bad); } .qlora-page .unknown { color: var(--faint); }
+.qlora-page .beside { display: grid; grid-template-columns: repeat(auto-fit, minmax(14rem, 1fr));
+  gap: .5rem 1rem; margin: .4rem 0 1.2rem; }
+.qlora-page .beside h4 { font-size: .92em; font-weight: normal; margin: 0 0 .2rem; color: var(--faint); }
+.qlora-page .said { color: var(--text); }
+.qlora-page pre { overflow-x: auto; border: 1px solid var(--line); border-radius: 4px; padding: .5rem .7rem;
+  font: 13px/1.5 ui-monospace, monospace; margin: .4rem 0; }
+.qlora-page details { margin: .3rem 0; } .qlora-page summary { cursor: pointer; }
 """
+STYLE += chart.STYLE
 
 
 def body(sections: Sequence[Section]) -> str:
@@ -228,7 +305,8 @@ def _html(block: Block) -> str:
                 + "</tr>"
                 for row in block.rows
             )
-            return _table(f"<thead><tr>{head}</tr></thead><tbody>{rows}</tbody>")
+            head = f"<thead><tr>{head}</tr></thead>" if any(block.head) else ""
+            return _table(f"{head}<tbody>{rows}</tbody>", "words" if block.words else "")
         case Bars():
             most = max((count for _, count in block.bars), default=1) or 1
             rows = "".join(
@@ -239,14 +317,38 @@ def _html(block: Block) -> str:
             return _table(f"<tbody>{rows}</tbody>")
         case Legend():
             return "<p>Text on green trains, the rest does not.</p>"
+        case Verdict():
+            return (
+                f'<div class="verdict"><b class="{block.mark}" role="img" aria-label="{block.mark}">'
+                f"{MARKS[block.mark]}</b><span><strong>{_escaped(block.about)}</strong>: "
+                f"{_escaped(block.said)}</span></div>"
+            )
+        case Chart():
+            return chart.svg(block)
+        case Answers():
+            texts = "".join(_answer(*one) for one in block.texts)
+            asked = f'<div class="row said">{html.escape(visible(block.question))}</div>'
+            return f'<h3>{_escaped(block.title)}</h3>{asked}<div class="beside">{texts}</div>'
+        case Commands():
+            return f"<pre>{chr(10).join(map(_escaped, block.lines))}</pre>"
+        case Fold():
+            inside = "".join(map(_html, block.blocks))
+            return f"<details><summary>{_escaped(block.heading)}</summary>{inside}</details>"
         case Sample():
             remarks = "".join(f"<p>{_escaped(remark)}</p>" for remark in block.remarks)
             pieces = f'<div class="row">{"".join(map(_piece, block.long))}</div>'
             return f"<h3>{_escaped(block.title)}</h3>{remarks}{pieces if block.long else ''}"
 
 
-def _table(inside: str) -> str:
-    return f'<div class="wide"><table>{inside}</table></div>'
+def _table(inside: str, kind: str = "") -> str:
+    kind = f' class="{kind}"' if kind else ""
+    return f'<div class="wide"><table{kind}>{inside}</table></div>'
+
+
+def _answer(name: str, said: str, mark: Mark | None) -> str:
+    shown = f' <b class="{mark}" role="img" aria-label="{mark}">{MARKS[mark]}</b>' if mark else ""
+    text = html.escape(visible(said))
+    return f'<div><h4>{_escaped(name)}{shown}</h4><div class="row said">{text}</div></div>'
 
 
 def _piece(piece: Piece) -> str:

@@ -3,11 +3,12 @@
 Layout of ``<dir>/<name>/<start time>/``::
 
     recipe.yaml plan.json environment.json data.json    what was asked, predicted, installed, fed
-    before.json                                         what the base answered
+    before.json after.json                              what the base and the tuned model answered
     metrics.jsonl                                       one object a log step
     checkpoints/checkpoint-N/                           safetensors, JSON and their manifest
     adapter/                                            the product
     result.json                                         written last: its presence means done
+    report.html                                         all of it told on one page
 
 A directory is believed only if the file that was written last says so: ``manifest.json`` with the
 size and SHA-256 of every file of a checkpoint, ``result.json`` for a run.

@@ -12,13 +12,16 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
-from qlora import evaluation, rundir
-from qlora.data import Prepared
+from qlora import answering, rundir
+from qlora.answering import Answered
+from qlora.data import Example, Prepared
 from qlora.errors import CheckpointError, TrainingDiverged
-from qlora.evaluation import Answered
 from qlora.generation import Answer
 from qlora.screen import Screen
 from qlora.settings import Recipe
+
+SAMPLES = 24  # answers that are kept with their question
+SAMPLE_CHARS = 2000  # of a question, and of what was expected
 
 Measured = tuple[float | None, Answered | None]
 
@@ -46,7 +49,7 @@ def measure(
             )
     answered = None
     if recipe.eval.generate and prepared.held_out_examples:
-        answered = evaluation.answer(
+        answered = answering.answer(
             model, prepared.renderer, prepared.held_out_examples, recipe, screen.track
         )
     _say((loss, answered), screen, when)
@@ -56,7 +59,9 @@ def measure(
 def keep(
     measured: Measured, seconds: float, recipe: Recipe, of: Mapping[str, str], path: Path
 ) -> None:
-    """Write what was measured, so that a resumed run need not do it again.
+    """Write what was measured: a resumed run need not do it again, and a report needs no data file.
+
+    The first answers stand with their question and what was expected, cut where these are very long.
 
     Args:
         measured: By :func:`measure`.
@@ -68,9 +73,16 @@ def keep(
     loss, answered = measured
     found = answered and [
         {"text": a.text, "stopped": a.stopped, "right": right}
-        for a, right in zip(answered.answers, answered.right, strict=True)
+        | (_asked(example) if number < SAMPLES else {})
+        for number, (example, a, right) in enumerate(
+            zip(answered.examples, answered.answers, answered.right, strict=True)
+        )
     ]
-    values = {"of": dict(of), "eval": recipe.eval.model_dump(mode="json"), "seconds": seconds}
+    values = {
+        "of": dict(of),
+        "eval": recipe.eval.model_dump(mode="json", exclude={"samples"}),
+        "seconds": seconds,
+    }
     kept = values | {"loss": loss, "answers": found}
     rundir.write_json(path, kept | {"sha256": _digest(kept)})
 
@@ -91,7 +103,7 @@ def recall(
     if kept.pop("sha256", None) != _digest(kept):
         screen.say("before", f"{path.name} is damaged: measured again")
         return None, 0.0
-    asked = recipe.eval.model_dump(mode="json")
+    asked = recipe.eval.model_dump(mode="json", exclude={"samples"})
     if kept.get("of") != of or kept.get("eval") != asked:
         return None, 0.0
     answered = None
@@ -102,6 +114,14 @@ def recall(
     measured = (kept["loss"], answered)
     _say(measured, screen, "before")
     return measured, kept["seconds"]
+
+
+def _asked(example: Example) -> dict[str, str]:
+    *asked, wanted = example.record.turns
+    question = (
+        asked[0].content if len(asked) == 1 else "\n".join(f"{t.role}: {t.content}" for t in asked)
+    )
+    return {"question": question[:SAMPLE_CHARS], "expected": wanted.content[:SAMPLE_CHARS]}
 
 
 def _digest(kept: dict[str, Any]) -> str:
