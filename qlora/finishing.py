@@ -8,8 +8,9 @@ from dataclasses import dataclass
 
 from rich.console import Console
 
-from qlora import export, gguf, hardware, merging
+from qlora import export, hardware, merging
 from qlora.errors import ExportError, Interrupted, QLoRAError, RecipeError
+from qlora.export import gguf
 from qlora.places import shown
 from qlora.rundir import Run
 from qlora.screen import Screen

@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from qlora import cli, export, finishing, gguf, merging, rundir, trainer
+from qlora import cli, export, finishing, merging, rundir, trainer
 from qlora.errors import ExportError, RecipeError
+from qlora.export import gguf
+from qlora.export.gguf import Written
 from qlora.finishing import Step
-from qlora.gguf import Written
 
 pytestmark = pytest.mark.usefixtures("one_thread", "light")
 
