@@ -4,16 +4,19 @@ The house has four floors. A module imports along its own floor or from a floor 
 one above; the ground floor never imports torch. A test reads this map and holds the code to it.
 
     3 front door   cli, __main__
-    2 stories      planning, trainer, ready, fusing, sft, rehearsal, dress, evaluation, chat, doctor, draft,
-                   selftest, invariance, preview, trained, accounting, page, resuming, recording, verdict
+    2 stories      planning, trainer, ready, fusing, sft, rehearsal, dress, samples, finishing, doctor,
+                   draft, selftest, invariance, preview, accounting, page, chart, report, resuming,
+                   recording, verdict, answering, evaluation, trained, chat, probing, merging, export,
+                   modelcard, combining, server
     1 machinery    hardware, bnb, nf4, weights, loader, adapter, alive, attention, kernels, offload,
                    phantom, tracing, counting, tokenizer, rendering, shortening, parity, table,
-                   intake, preparation, data, packing, prefetch, generation, screen, timeline,
-                   callbacks, tracking, statefile, randomness, keeping, guard, diagnosis, relief,
-                   budget, stopping
+                   intake, preparation, data, packing, prefetch, generation, scoring, agreement, folded,
+                   shards, engine, hints, screen, timeline, callbacks, tracking, statefile, randomness,
+                   keeping, guard, diagnosis, relief, budget, stopping
     0 ground       recipe, settings, document, cookbook, configfile, memory, step, layer, fused,
                    shape, cards, fitting, speed, siblings, plansheet, records, templates, sources, ledger,
-                   rundir, store, mirror, identity, durations, places, vault, hub, redact, errors
+                   rundir, store, mirror, identity, durations, address, llama, places, vault, hub,
+                   redact, errors
 
 From a notebook::
 
@@ -36,6 +39,9 @@ _PUBLIC = {
     "plan": "qlora.planning",
     "train": "qlora.trainer",
     "resume": "qlora.trainer",
+    "evaluate": "qlora.evaluation",
+    "merge": "qlora.merging",
+    "combine": "qlora.combining",
     "show": "qlora.preview",
     "Run": "qlora.rundir",
     "open_run": "qlora.rundir",
@@ -44,7 +50,10 @@ _PUBLIC = {
 __all__ = [*sorted(_PUBLIC), "__version__"]
 
 if TYPE_CHECKING:
+    from qlora.combining import combine as combine
     from qlora.errors import QLoRAError as QLoRAError
+    from qlora.evaluation import evaluate as evaluate
+    from qlora.merging import merge as merge
     from qlora.planning import plan as plan
     from qlora.preview import show as show
     from qlora.recipe import Recipe as Recipe

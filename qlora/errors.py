@@ -43,7 +43,11 @@ class CheckpointError(QLoRAError):
 
 
 class ExportError(QLoRAError):
-    """What was to be written for use elsewhere was not: the place is taken, or it is not what was trained."""
+    """What was to be written for use elsewhere cannot be, or is not what was trained."""
+
+
+class ServerError(QLoRAError):
+    """The server cannot start as it was asked to."""
 
 
 class TrainingDiverged(QLoRAError):

@@ -108,7 +108,7 @@ class _Speaker(TextStreamer):
 def left_padded(
     prompts: Sequence[Sequence[int]], pad_token_id: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """(B, T) ids and mask, int64; the prompts end together, so that generation goes on from the last column."""
+    """(B, T) ids and mask, int64; the prompts end together, so that the last column goes on."""
     width = max(len(prompt) for prompt in prompts)
     ids = torch.full((len(prompts), width), pad_token_id)
     mask = torch.zeros((len(prompts), width), dtype=torch.long)

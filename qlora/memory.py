@@ -176,13 +176,14 @@ def _adapter_states(recipe: Recipe, shape: Shape, optim: str) -> list[tuple[int,
 
 
 def _answering_bytes(recipe: Recipe, shape: Shape, card: Card, element: int) -> int:
-    """Bytes that ``eval.generate`` needs: keys and values of a batch, while it reads its questions.
+    """Bytes that answers need: keys and values of a batch, while it reads its questions.
 
     The held-out loss is not counted: it takes as many rows as a training pass, in tiles if that does, and
     keeps less.
     """
     scores = shape.heads if layer_of(recipe, shape, card, element).scores else 0
-    rows, length = min(recipe.eval.batch_size, recipe.eval.generate), recipe.data.max_length
+    asked = max(recipe.eval.generate, recipe.eval.samples)
+    rows, length = min(recipe.eval.batch_size, asked), recipe.data.max_length
     cache = 2 * shape.kv_heads * shape.head_dim * shape.layers * element
     # One layer at a time: the residual and its fp32 norm, gate, up and their product, the mask.
     layer = 4 * shape.hidden + element * (2 * shape.hidden + 3 * shape.intermediate)

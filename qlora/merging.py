@@ -147,8 +147,7 @@ def merge(
     with adapter.disabled(model):
         learned = probes.agreement(reference, model)
     candidates, originals = _candidates(found, model, onto, screen)
-    for one in candidates.values():
-        one.prove()
+    _prove(candidates)
     measured, to_checkpoint = _measure(candidates, originals, wanted, probes, reference, screen)
     kept = min(measured, key=lambda name: measured[name].kl)
     limit = _limit(max_kl, wanted, learned, quantized=kept == "16bit" and originals is not None)
@@ -178,6 +177,11 @@ def merge(
     took = duration(time.monotonic() - began)
     screen.say("merged", f"onto {kept}, {merged.dtype}, in {took}: {shown(target)}")
     return merged
+
+
+def _prove(candidates: Mapping[Onto, Folded]) -> None:
+    for one in candidates.values():
+        one.prove()
 
 
 def _limit(

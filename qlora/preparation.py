@@ -156,6 +156,7 @@ class Preparation:
                 ((found, row) for found in held_out for row in found.stream()),
                 ((found, row) for found in train for row in found.stream()),
             )
+            self.learns = bool(train)  # else these rows are only asked
             given = {id(found) for found in held_out}
             self.ledger.notes += [
                 f"{found.origin} holds one JSON object a line, and is read as such"
@@ -332,6 +333,9 @@ class Preparation:
                 f"the tokenizer gives token {largest}, but the model's embedding has "
                 f"{self.vocab_size:,} rows. The tokenizer belongs to another model."
             )
+        if not self.learns:
+            rundir.write_json(self.folder / "ledger.json", self.ledger.to_json())
+            return
         if not self.lengths:
             usable = self.ledger.rows_read - self.ledger.rejected.count
             raise DataError(

@@ -84,6 +84,6 @@ def _own(found: Trained, progress: Progress) -> tuple[list[list[int]], str]:
 
 
 def _general(found: Trained) -> list[list[int]]:
-    from qlora import forgetting
+    from qlora.evaluation import forgetting
 
-    return [found.tok(text)["input_ids"] for text in forgetting.texts()]
+    return [found.tok(one.text)["input_ids"] for one in forgetting.passages()]

@@ -45,6 +45,7 @@ from qlora.mirror import Mirror
 from qlora.relief import Relief
 from qlora.resuming import Claimed
 from qlora.rundir import Run
+from qlora.samples import Samples
 from qlora.screen import GIB, Screen
 from qlora.settings import Recipe
 from qlora.shape import Shape
@@ -200,7 +201,10 @@ def prepare(
     )  # fmt: skip
     trainer = sft.build(
         recipe, run, card, model, tok, prepared, layout, keeper=keeper,
-        observers=[guard, progress], callbacks=[guard, progress, limit, stopping],
+        observers=[guard, progress],
+        callbacks=[
+            guard, progress, limit, stopping, Samples(recipe, prepared, screen, progress.write),
+        ],
         head=kernels and kernels.head,
     )  # fmt: skip
     relief = Relief(recipe.train.oom_retries, plan, card, rows, trainer.data_collator, screen)

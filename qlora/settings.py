@@ -407,6 +407,11 @@ class Eval(_Section):
     )
     max_new_tokens: int = Field(128, ge=1, description="Length limit of an answer.")
     batch_size: int = Field(8, ge=1, description="Rows answered at a time.")
+    samples: int = Field(
+        0,
+        ge=0,
+        description="Held-out rows answered at every train.eval_steps, for the log; 0: none.",
+    )
 
 
 # sft_config keys that a curated field, or the run directory, already decides.
@@ -489,6 +494,16 @@ class Recipe(_Section):
     train: Train = Train()
     run: Run = Run()
     eval: Eval = Eval()
+
+    @model_validator(mode="after")
+    def _samples_are_of_evaluations(self) -> Self:
+        if self.eval.samples and self.train.eval_steps is None:
+            raise ValueError(
+                f"eval.samples is {self.eval.samples}: so many held-out rows are answered whenever the "
+                "held-out loss is measured, and train.eval_steps is null, so that is never. Write a number "
+                "of steps there, or leave eval.samples out"
+            )
+        return self
 
     @model_validator(mode="after")
     def _an_8_bit_head_has_its_loss(self) -> Self:

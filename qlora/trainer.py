@@ -29,6 +29,7 @@ from qlora import (
     loader,
     memory,
     recording,
+    report,
     resuming,
     rundir,
     sft,
@@ -254,12 +255,15 @@ def _carry_out(ready: Ready) -> Run:
             )
         alive.require_finite(model, steps)
         _save(ready)
+        began = time.monotonic()
         after = verdict.measure(*measured, "after")
+        seconds = time.monotonic() - began
     except (RuntimeError, MemoryError) as error:
         if not hardware.ran_out_of_memory(error):
             raise
         raise DoesNotFit(memory.explain_out_of_memory(ready.plan)) from None
     progress.timeline.between()
+    verdict.keep(after, seconds, ready.recipe, of, run.dir / "after.json")
     result = recording.result(ready, steps, before, after)
     rundir.sync_metrics(run)
     rundir.write_json(run.dir / "result.json", result)
@@ -270,6 +274,7 @@ def _carry_out(ready: Ready) -> Run:
         speed.remember(
             ready.card, dtype, ready.recipe, ready.shape, rate, time.strftime("%Y-%m-%d")
         )
+    report.leave(run, screen)
     if ready.mirror and ready.mirror.finish():
         screen.say("mirror", str(ready.mirror.copy.dir))
     verdict.tell(before, after, ready.recipe, screen)

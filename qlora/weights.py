@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate import dispatch_model, init_empty_weights
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, GenerationConfig
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 from transformers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFE_WEIGHTS_NAME, cached_file
 from transformers.utils import logging as transformers_logging
@@ -197,36 +198,48 @@ def assemble(
 
 
 def reopened(folder: Path, card: Card, dtype: torch.dtype, attention: str) -> Any:
-    """A 16-bit model as anybody would load it, whose weights come from disk when their layer computes.
+    """A 16-bit model from its folder alone, whose weights come from disk when their layer computes.
 
-    It takes one layer's memory, however large the model; on a card, what there is room for stays there.
+    It takes one layer's memory, however large the model. ``from_pretrained(device_map="disk")`` would first
+    touch every page of every file (transformers 5.23).
 
     Raises:
         Incomplete: Not every tensor of the model is in the files with its shape, or more than those.
         OSError, ValueError, SafetensorError: The folder is no model.
     """
-    place: dict[str, Any] = {"device_map": {"": "disk"}}
-    if card.kind == "cuda":
-        free = card.free_bytes * 3 // 4
-        place = {"device_map": "auto", "max_memory": {0: free, "cpu": hardware.ram_bytes()[1] // 2}}
-    # Nothing is written into the spare folder: safetensors are read where they are.
-    with (
-        bars(False),
-        _silent("accelerate.big_modeling"),
-        tempfile.TemporaryDirectory() as spare,
-    ):
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype,
-            attn_implementation=attention,
-            offload_folder=spare,
-            output_loading_info=True,
-            trust_remote_code=False,
-            **place,
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    stored = tensors(files(str(folder), None))
+    with init_empty_weights(include_buffers=False):
+        model = AutoModelForCausalLM.from_config(
+            config, dtype=dtype, attn_implementation=attention, trust_remote_code=False
         )
-    _require_all(info["missing_keys"], info["mismatched_keys"])
-    if info["unexpected_keys"]:
-        raise Incomplete(f"the model has no place for {_listed(sorted(info['unexpected_keys']))}")
+    model.tie_weights()
+    wanted = dict(model.named_parameters())
+    kept = {name: buffer for name, buffer in model.named_buffers() if name in stored}
+    mismatched = [
+        (name, stored[name].shape, tensor.shape)
+        for name, tensor in (wanted | kept).items()
+        if name in stored and stored[name].shape != tuple(tensor.shape)
+    ]
+    _require_all(wanted.keys() - stored.keys(), mismatched)
+    if more := stored.keys() - wanted.keys() - kept.keys():
+        raise Incomplete(f"the model has no place for {_listed(sorted(more))}")
+    for name, buffer in kept.items():
+        buffer.copy_(stored[name][:])
+    names = {id(tensor): name for name, tensor in wanted.items()}  # a tied head has the embedding's
+    index = {
+        name: {
+            "safetensors_file": str(stored[names[id(tensor)]].file),
+            "weight_name": names[id(tensor)],
+            "dtype": str(dtype).removeprefix("torch."),
+        }
+        for name, tensor in model.named_parameters(remove_duplicate=False)
+    }
+    place = 0 if card.kind == "cuda" else "cpu"
+    with _silent("accelerate.big_modeling"), tempfile.TemporaryDirectory() as spare:
+        dispatch_model(  # nothing goes into the spare folder: safetensors are read in place
+            model, {"": "disk"}, main_device=place, offload_dir=spare, offload_index=index
+        )
     return model.eval()
 
 

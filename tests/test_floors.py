@@ -34,6 +34,12 @@ OWNERS = {
     "yaml": {"document"},
     "pydantic": {"settings", "recipe"},
     "typer": {"cli"},
+    "fastapi": {"server"},
+    "starlette": {"server"},
+    "uvicorn": {"server"},
+    "lm_eval": {"evaluation"},
+    "gguf": {"hints"},
+    "llama_cpp": {"llama"},
 }
 
 
@@ -164,18 +170,18 @@ def test_importing_modules_never_goes_round_in_a_circle() -> None:
 
 
 def test_importing_within_a_folder_never_goes_round_in_a_circle() -> None:
-    folders = [path for path in FILES.values() if path.is_dir()]
-    assert folders
+    folders, found = [path for path in FILES.values() if path.is_dir()], 0
     for folder in folders:
         graph = {}
         for file in folder.glob("*.py"):
             own = rf"^from qlora\.{folder.name}(?:\.(\w+) import| import (\w+))"
             names = re.findall(own, file.read_text(encoding="utf-8"), re.MULTILINE)
             graph[file.stem] = {first or second for first, second in names}
-        assert sum(map(len, graph.values())) > 5
+        found += sum(map(len, graph.values()))
         while free := {name for name, needs in graph.items() if not needs & graph.keys()}:
             graph = {name: needs for name, needs in graph.items() if name not in free}
         assert graph == {}
+    assert len(folders) > 5 and found > 40
 
 
 @pytest.mark.parametrize("name", GROUND)

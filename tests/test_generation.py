@@ -10,8 +10,8 @@ from rich.console import Console
 
 from qlora import (
     adapter,
+    answering,
     chat,
-    evaluation,
     generation,
     loader,
     rundir,
@@ -54,11 +54,11 @@ def speaker(run):
 
 def prompts(speaker, *texts):
     asked = [Record((Turn("user", text), Turn("assistant", ""))) for text in texts]
-    return [speaker.renderer.prompt_ids(record) for record in asked]
+    return [speaker.found.renderer.prompt_ids(record) for record in asked]
 
 
 def test_a_batch_answers_each_prompt_as_if_it_were_alone_and_in_order(speaker):
-    tok, sampling = speaker.renderer.tok, Sampling(max_new_tokens=12)
+    tok, sampling = speaker.found.renderer.tok, Sampling(max_new_tokens=12)
     texts = ("A long story about the sea and the wind", "Hi", "What is 2 and 2?", "Once")
     asked = [tok(text)["input_ids"] for text in texts]
     with adapter.disabled(speaker.model):  # the random base talks about anything
@@ -72,7 +72,9 @@ def test_answering_leaves_the_mode_and_the_random_state_as_they_were(speaker):
     speaker.model.train()
     random = torch.get_rng_state()
     sampling = Sampling(temperature=1.0, max_new_tokens=4)
-    generation.answer_all(speaker.model, speaker.renderer.tok, prompts(speaker, "Hi"), sampling, 1)
+    generation.answer_all(
+        speaker.model, speaker.found.renderer.tok, prompts(speaker, "Hi"), sampling, 1
+    )
     assert speaker.model.training and torch.equal(random, torch.get_rng_state())
     speaker.model.eval()
 
@@ -83,7 +85,7 @@ def test_greedy_means_greedy_whatever_the_base_declares(speaker):
     asked = prompts(speaker, "Once upon a time")
     answers = {
         generation.answer_all(
-            speaker.model, speaker.renderer.tok, asked, Sampling(max_new_tokens=8), 1
+            speaker.model, speaker.found.renderer.tok, asked, Sampling(max_new_tokens=8), 1
         )[0].text
         for _ in range(3)
     }
@@ -95,14 +97,16 @@ def test_sampling_follows_the_temperature(speaker):
     asked = prompts(speaker, "Once upon a time")
     hot = Sampling(temperature=3.0, max_new_tokens=8)
     spoken = {
-        generation.stream(speaker.model, speaker.renderer.tok, asked[0], hot, lambda _: None).text
+        generation.stream(
+            speaker.model, speaker.found.renderer.tok, asked[0], hot, lambda _: None
+        ).text
         for _ in range(4)
     }
     assert len(spoken) > 1
 
 
 def test_an_answer_says_whether_it_ended_by_itself(speaker):
-    tok = speaker.renderer.tok
+    tok = speaker.found.renderer.tok
     stop = tok.eos_token_id
     assert generation._cut([5, 6, stop, 7], tok, {stop}).stopped
     assert generation._cut([5, 6, stop, 7], tok, {stop}).text == tok.decode([5, 6]).strip()
@@ -124,8 +128,8 @@ def test_the_base_answers_with_the_adapter_switched_off_and_on_again(speaker, ru
     assert speaker.answer(turns, sampling, lambda _: None) == tuned != as_base
     recipe = load_recipe(run.recipe_file)
     base = loader.load_base(recipe, cpu, loader.read_config(recipe), bars=False).model
-    prompt = speaker.renderer.prompt_ids(Record((*turns, Turn("assistant", ""))))
-    bare = generation.stream(base, speaker.renderer.tok, prompt, sampling, lambda _: None)
+    prompt = speaker.found.renderer.prompt_ids(Record((*turns, Turn("assistant", ""))))
+    bare = generation.stream(base, speaker.found.renderer.tok, prompt, sampling, lambda _: None)
     assert bare == as_base
 
 
@@ -157,8 +161,8 @@ def test_an_unfinished_run_speaks_from_its_newest_whole_checkpoint(make_recipe, 
     with pytest.raises(Exception, match="checkpoint-3"):
         trainer.train(recipe, console=Console(quiet=True))
     speaker = chat.load_speaker(recipe.run.dir)
-    assert speaker.source.name == "checkpoint-3"
-    assert "checkpoint-3" in chat._name(speaker.source)
+    assert speaker.found.source.name == "checkpoint-3"
+    assert "checkpoint-3" in chat._name(speaker.found)
     assert adapter.count(speaker.model).trainable == 0
 
 
@@ -177,12 +181,12 @@ def test_an_unfinished_run_speaks_from_its_newest_whole_checkpoint(make_recipe, 
     ],
 )
 def test_an_answer_is_right_only_if_it_is_strictly_the_same(expected, answer, fields, right):
-    assert evaluation.is_right(expected, answer, fields) is right
+    assert answering.is_right(expected, answer, fields) is right
 
 
 def test_scores_count_right_and_self_ended_answers():
     answers = [generation.Answer("a", True), generation.Answer("b", False)]
-    scored = evaluation.Answered([], answers, [True, False])
+    scored = answering.Answered([], answers, [True, False])
     assert (scored.exact_match, scored.stop_rate) == (0.5, 0.5)
 
 
@@ -212,4 +216,4 @@ def test_plain_alpaca_models_are_asked_as_they_were_trained(make_recipe, tmp_pat
     finally:
         generation.stream = original
     assert seen == ["### Instruction:\nSay 3.\n\n### Response:\n"]
-    assert tokenizer.end_of_turn(speaker.renderer.tok) is None
+    assert tokenizer.end_of_turn(speaker.found.renderer.tok) is None

@@ -65,7 +65,7 @@ def bench(
         "train": {
             "max_steps": 2, "per_device_train_batch_size": 4, "gradient_accumulation_steps": 1,
             "learning_rate": 1e-2, "logging_steps": 1, "save_steps": 1, "warmup_steps": 0,
-            "activation_checkpointing": True,
+            "activation_checkpointing": True, "eval_steps": 2,
         },
         "run": {"dir": str(folder / "runs"), "name": "tiny"},
         "eval": {},
@@ -195,6 +195,7 @@ FIELDS: list[tuple[str, Any, tuple[str, ...]]] = [
     ("eval.exact_match", ["answer"], ()),
     ("eval.max_new_tokens", 4, ()),
     ("eval.batch_size", 2, ()),
+    ("eval.samples", 1, ()),
 ]
 
 
@@ -230,7 +231,7 @@ def test_every_field_of_the_recipe_is_in_the_table() -> None:
         for section, field in Recipe.model_fields.items()
         for key in field.annotation.model_fields
     }
-    assert len(fields) == 67
+    assert len(fields) == 68
     assert {field for field, _, _ in FIELDS} == fields
 
 
@@ -381,7 +382,7 @@ def test_other_surroundings_are_told_and_no_more(
 def test_a_checkpoint_says_all_that_its_run_was(bench: Bench) -> None:
     found = newest_identity(bench.stopped)
     assert set(found) == {"recipe", "chosen", "allowed", *identity.DERIVED, *identity.SURROUNDINGS}
-    assert found["recipe"] == identity.fields_of(bench.recipe()) and len(found["recipe"]) == 67
+    assert found["recipe"] == identity.fields_of(bench.recipe()) and len(found["recipe"]) == 68
     for name in ("rows", "tokenizer", "template", "base"):
         assert len(found[name]) == 64
     assert found["rows_per_step"] == 4 and found["optimizer"] == "adamw_torch"

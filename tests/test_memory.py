@@ -329,6 +329,13 @@ def test_each_setting_that_costs_memory_moves_its_term(
     assert after.terms[term] > before.terms[term]
 
 
+def test_rows_answered_on_the_way_need_what_those_at_the_end_do() -> None:
+    card = named_card("24GB")
+    end = plan(make(eval={"generate": 64}), LLAMA, card)
+    way = plan(make(eval={"samples": 64}, train={"eval_steps": 5}), LLAMA, card)
+    assert way.terms["evaluation"] == end.terms["evaluation"] > 0
+
+
 def test_terms_sum_to_the_total_and_a_plan_fits_when_they_are_free() -> None:
     found = plan(make(), LLAMA, named_card("12GB"))
     assert sum(found.terms.values()) == found.total_bytes

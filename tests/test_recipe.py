@@ -86,6 +86,7 @@ FIELDS = [
     "eval.exact_match",
     "eval.max_new_tokens",
     "eval.batch_size",
+    "eval.samples",
 ]
 
 SMALL = "model:\n  name: embedded:base\ndata:\n  train: rows.jsonl\n"
@@ -152,7 +153,7 @@ def test_the_list_of_fields_is_the_one_agreed_on() -> None:
         for key in field.annotation.model_fields  # type: ignore[union-attr]
     ]
     assert found == FIELDS
-    assert len(found) == 67
+    assert len(found) == 68
 
 
 def test_every_field_says_what_it_means() -> None:

@@ -17,9 +17,9 @@ from transformers import AutoTokenizer
 import qlora
 from qlora import (
     adapter,
+    answering,
     cards,
     data,
-    evaluation,
     fitting,
     generation,
     hardware,
@@ -71,7 +71,7 @@ def test_a_run_leaves_what_was_asked_predicted_installed_fed_and_learned(make_re
     run = run_it(recipe)
     assert {p.name for p in run.dir.iterdir()} == {
         "recipe.yaml", "plan.json", "environment.json", "data.json", "metrics.jsonl",
-        "checkpoints", "adapter", "result.json", "before.json", ".lock",
+        "checkpoints", "adapter", "result.json", "before.json", "after.json", "report.html", ".lock",
     }  # fmt: skip
     assert qlora.load_recipe(run.recipe_file) == recipe
     result = run.result
@@ -362,7 +362,7 @@ def test_how_answers_are_asked_and_scored_is_up_to_the_recipe(make_recipe, monke
         recipe = make_recipe(
             eval__generate=2, eval__max_new_tokens=7, eval__batch_size=3, eval__exact_match=fields
         )
-        assert evaluation.answer(None, renderer, [wanted] * 5, recipe).exact_match == score
+        assert answering.answer(None, renderer, [wanted] * 5, recipe).exact_match == score
     assert asked == [(2, 7, 3)] * 3
 
 

@@ -15,8 +15,12 @@ from qlora.errors import QLoRAError
 # isort: off
 from qlora.cli import train  # noqa: F401
 from qlora.cli import chat  # noqa: F401
+from qlora.cli import export  # noqa: F401
+from qlora.cli import serve  # noqa: F401
+from qlora.cli import evaluate  # noqa: F401
 from qlora.cli import merge  # noqa: F401
 from qlora.cli import combine  # noqa: F401
+from qlora.cli import report  # noqa: F401
 from qlora.cli import prepare  # noqa: F401
 from qlora.cli import recipes  # noqa: F401
 from qlora.cli import cache  # noqa: F401

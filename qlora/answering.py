@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from qlora import generation
@@ -25,6 +25,11 @@ class Answered:
     @property
     def exact_match(self) -> float:
         return sum(self.right) / len(self.right) if self.right else 0.0
+
+    @property
+    def expected(self) -> list[str]:
+        """What should have been answered."""
+        return [example.record.turns[-1].content for example in self.examples]
 
     @property
     def stop_rate(self) -> float:
@@ -52,12 +57,12 @@ def answer(
         recipe.eval.batch_size,
         progress,
     )
-    expected = [example.record.turns[-1].content for example in asked]
+    answered = Answered(asked, answers, [])
     right = [
         is_right(want, got.text, recipe.eval.exact_match)
-        for want, got in zip(expected, answers, strict=True)
+        for want, got in zip(answered.expected, answers, strict=True)
     ]
-    return Answered(asked, answers, right)
+    return replace(answered, right=right)
 
 
 def is_right(expected: str, answer: str, fields: Sequence[str]) -> bool:
@@ -76,6 +81,66 @@ def is_right(expected: str, answer: str, fields: Sequence[str]) -> bool:
     if want is None or got is None:
         return False
     return all(name in want and name in got and want[name] == got[name] for name in fields)
+
+
+@dataclass(frozen=True)
+class Fields:
+    """How answers agree with expected JSON objects, field by field.
+
+    Attributes:
+        rows: Which of the answers should be a JSON object, by their places.
+        valid: Whether each of those is one.
+        right: Of each of those, the share of its expected fields that are right; 0 where it is none.
+        by_field: Of each field, in how many answers it is right, and in how many rows it is expected.
+    """
+
+    rows: list[int]
+    valid: list[bool]
+    right: list[float]
+    by_field: dict[str, tuple[int, int]]
+
+    @property
+    def share(self) -> float:
+        """Of all fields that are expected in all rows, every row alike."""
+        return sum(self.right) / len(self.right)
+
+    @property
+    def valid_share(self) -> float:
+        return sum(self.valid) / len(self.valid)
+
+
+def compare_fields(
+    expected: Sequence[str], answers: Sequence[str], fields: Sequence[str] = ()
+) -> Fields | None:
+    """Field-level agreement; None where no expected answer is a JSON object with a field.
+
+    Args:
+        expected: What should have been answered.
+        answers: What was, in the same order.
+        fields: Which to look at; all that the expected object has, where none is named.
+
+    >>> found = compare_fields(['{"a": 1, "b": 2}', "Hello"], ['{"a": 1, "b": 3}', "Hello"])
+    >>> found.by_field, found.share
+    ({'a': (1, 1), 'b': (0, 1)}, 0.5)
+    """
+    rows: list[int] = []
+    valid: list[bool] = []
+    shares: list[float] = []
+    by_field: dict[str, tuple[int, int]] = {}
+    for index, (meant, said) in enumerate(zip(expected, answers, strict=True)):
+        want = _json_object(meant)
+        names = [name for name in (fields or want or ()) if want is not None and name in want]
+        if want is None or not names:
+            continue
+        got = _json_object(said)
+        right = [got is not None and name in got and got[name] == want[name] for name in names]
+        for name, hit in zip(names, right, strict=True):
+            hits, of = by_field.get(name, (0, 0))
+            by_field[name] = (hits + hit, of + 1)
+        rows.append(index)
+        valid.append(got is not None)
+        shares.append(sum(right) / len(names))
+    return Fields(rows, valid, shares, by_field) if rows else None
 
 
 def _json_object(text: str) -> dict[str, Any] | None:
