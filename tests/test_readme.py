@@ -59,9 +59,16 @@ def say(monkeypatch, *words: str) -> None:
 
 def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, capsys):
     commands = [shlex.split(line)[1:] for line in SHELL if line.startswith("qlora ")]
-    verbs = {"doctor", "init", "data", "selftest", "train", "chat", "recipes", "plan"}
+    verbs = {
+        "doctor", "init", "data", "selftest", "train", "chat", "recipes", "plan", "evaluate", "merge",
+        "export", "compare", "combine", "serve", "report",
+    }  # fmt: skip
     assert {words[0] for words in commands} == verbs
-    assert len(commands) == 15
+    assert len(commands) == 21
+    served = []
+    monkeypatch.setattr(
+        "qlora.server.run", lambda serving, *_: served.append(sorted(serving.voices)) or 0
+    )
     for words in commands:
         words = [str(BASE) if word == "Qwen/Qwen3-8B" else word for word in words]
         if "--resume" in words:
@@ -77,6 +84,7 @@ def test_every_qlora_command_of_the_readme_runs_in_order(desk, monkeypatch, caps
     said = capsys.readouterr().out
     assert "wrote mine.yaml" in said and "wrote mine-8b.yaml" in said
     assert "held-out loss" in said and "base " in said and "tuned" in said
+    assert "proof     read back from disk" in said and served
     assert "training beside serving" in said and "all give its loss and gradients" in said
 
 
