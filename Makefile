@@ -61,6 +61,8 @@ bench: setup ## the benchmarks that need no GPU
 	$(BIN)/python scripts/bench_head.py
 	$(BIN)/python scripts/bench_convergence.py
 	$(BIN)/python scripts/bench_quickstart.py
+	$(BIN)/python scripts/bench_merge.py
+	$(BIN)/python scripts/bench_serve.py
 
 fuzz: setup $(VENV)/.installed-tools ## a minute of malformed recipes and rows: only our own errors may come out
 	$(BIN)/python scripts/fuzz_readers.py --seconds 60 --seed 1

@@ -7,6 +7,7 @@ Layout of ``<dir>/<name>/<start time>/``::
     metrics.jsonl                                       one object a log step
     checkpoints/checkpoint-N/                           safetensors, JSON and their manifest
     adapter/                                            the product
+    evaluations/<time>.json                             what qlora evaluate measured
     result.json                                         written last: its presence means done
     report.html                                         all of it told on one page
 

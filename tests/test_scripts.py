@@ -23,6 +23,7 @@ COMMANDS = (
     "bench_plain_trl", "bench_train", "bench_startup", "bench_data", "bench_quickstart", "bench_load",
     "bench_plan", "bench_step", "bench_head", "bench_convergence", "gpu_suite",
     "torture_inputs", "torture_steps", "bench_checkpoint", "torture_checkpoints", "bench_serve",
+    "bench_merge",
 )  # fmt: skip
 BAD_ARGUMENTS = {
     "bench_plain_trl": [
@@ -45,6 +46,7 @@ BAD_ARGUMENTS = {
     "torture_inputs": [["--out"], ["extra"]],
     "torture_steps": [["--out"], ["extra"], ["--only"]],
     "bench_checkpoint": [["--rounds=0"], ["--only=loads"], ["--dir=no/such/folder"], ["extra"]],
+    "bench_merge": [["--pairs=0"], ["--base=no/such/folder"], ["--do=copy"], ["--do=both"]],
     "bench_serve": [["--seconds=0"], ["--pairs=x"], ["--questions=-1"], ["extra"]],
     "torture_checkpoints": [["--trials=0"], ["--only", "kicks"], ["--only"], ["--out"]],
 }  # fmt: skip
