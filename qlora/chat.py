@@ -126,8 +126,7 @@ class Conversation:
                 self.start()
                 self._note(f"begun anew {'with' if rest else 'without'} a system turn")
             case "/adapter" if rest:
-                (where,) = shlex.split(rest)[:1] or [rest]
-                self.speaker.switch(where)
+                self.speaker.switch(_first(rest))
                 self.start()
                 self._note(f"begun anew with {self.speaker.now}")
             case "/adapter":
@@ -150,6 +149,14 @@ class Conversation:
         spoken = self.speaker.answer(turns, self.sampling, say, as_base=as_base)
         self.console.print("" if spoken.stopped else " [dim](cut at --max-new-tokens)[/dim]")
         return spoken
+
+
+def _first(text: str) -> str:
+    """The first word as a shell reads it; all of it where a quote has no end."""
+    try:
+        return (shlex.split(text) or [text])[0]
+    except ValueError:
+        return text
 
 
 def converse(

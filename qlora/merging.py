@@ -29,6 +29,7 @@ from qlora import (
     loader,
     modelcard,
     probing,
+    report,
     rundir,
     shards,
     tokenizer,
@@ -36,11 +37,11 @@ from qlora import (
     weights,
 )
 from qlora.agreement import Agreement, compare
-from qlora.errors import ExportError
+from qlora.errors import ExportError, ModelError
 from qlora.folded import Folded, Onto
 from qlora.places import expanded, is_there, shown
 from qlora.probing import Probes
-from qlora.recipe import EMBEDDED, HUB
+from qlora.recipe import EMBEDDED, HUB, is_local
 from qlora.records import Turn
 from qlora.screen import Screen, duration
 from qlora.trained import Trained
@@ -150,7 +151,9 @@ def merge(
     _prove(candidates)
     measured, to_checkpoint = _measure(candidates, originals, wanted, probes, reference, screen)
     kept = min(measured, key=lambda name: measured[name].kl)
-    limit = _limit(max_kl, wanted, learned, quantized=kept == "16bit" and originals is not None)
+    compute = getattr(torch, cards.compute_dtype(found.recipe, found.card))
+    coarse = max(wanted, compute, key=ROUNDING.__getitem__)
+    limit = _limit(max_kl, coarse, learned, quantized=kept == "16bit" and originals is not None)
     clock["measured"] = time.monotonic()
     try:
         with rundir.writing_aside(target) as folder:
@@ -176,6 +179,8 @@ def merge(
     screen.say("proof", f"read back from disk, against the trained model: {verdict}")
     took = duration(time.monotonic() - began)
     screen.say("merged", f"onto {kept}, {merged.dtype}, in {took}: {shown(target)}")
+    if out is None:
+        report.leave(found.run, screen)  # whose first lines now tell of it
     return merged
 
 
@@ -230,10 +235,11 @@ def _candidates(
     try:
         originals = weights.tensors(loader.weight_files(found.recipe, found.config))
         wanted = Folded(model, originals)
-    except ExportError as error:
+    except (ExportError, ModelError, OSError, SafetensorError) as error:  # the NF4 base may be kept alone
+        said = str(error).strip().splitlines()[0]
         if onto == "16bit":
-            raise
-        screen.say("merge", f"onto 16bit cannot be tried: {error}")
+            raise ExportError(f"{found.name}: cannot be merged onto 16bit: {said}") from None
+        screen.say("merge", f"onto 16bit cannot be tried: {said}")
         return {"nf4": loaded}, None
     return ({"16bit": wanted} if onto == "16bit" else {"nf4": loaded, "16bit": wanted}), originals
 
@@ -303,14 +309,18 @@ def _facts(found: Trained) -> dict[str, Any]:
     """What :func:`qlora.trained.find` needs to ask a merged model as its run was asked."""
     recipe = found.recipe
     # A merged model is given away: where files lie on this machine is nobody's business.
-    names = [source.name for source in recipe.data.sources]
+
+    def is_public(name: str) -> bool:
+        return name.startswith(EMBEDDED) or not is_local(name)
+
+    names = [*(source.name for source in recipe.data.sources), recipe.data.held_out or EMBEDDED]
     public = all(name.startswith((EMBEDDED, HUB)) for name in names)
     data = recipe.data.model_dump(mode="json") | {"chat_template": None}
     if not public:
         data |= {"train": [trained.UNKNOWN], "held_out": None}
     return {
         "run": found.name,
-        "base": "" if Path(recipe.model.name).is_absolute() else recipe.model.name,
+        "base": recipe.model.name if is_public(recipe.model.name) else "",
         "rendering": "chat" if found.renderer.chat else "plain",
         "form": found.form,
         "data": data,

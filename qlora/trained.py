@@ -23,7 +23,7 @@ from qlora.recipe import is_local, local_path, recorded
 from qlora.records import Record, Turn
 from qlora.rendering import Renderer
 from qlora.rundir import Run
-from qlora.settings import Data, Model, Quant, Recipe
+from qlora.settings import Data, Eval, Model, Quant, Recipe
 
 MERGED = (
     "merge.json"  # in the folder of a merged model, written last: what it is and how near it came
@@ -109,8 +109,9 @@ def find(where: str | Path, *, quant: QuantType | None = None, finished: bool = 
             f"its {len(tok):,} tokens are not those of the run.\n  {_other_base(run, recipe)}"
         )
     renderer = Renderer(tok, chat=rendering == "chat", loss_on=recipe.data.loss_on)
+    place = run.dir.resolve()
     found = Trained(
-        f"{run.dir.parent.name}/{run.dir.name}", run, recipe, hardware.card(), config, renderer, form,
+        f"{place.parent.name}/{place.name}", run, recipe, hardware.card(), config, renderer, form,
         source,
     )  # fmt: skip
     _require_same_config(found, run)
@@ -221,6 +222,7 @@ def _model(where: str, quant: QuantType | None) -> Trained:
     try:
         data = Data.model_validate(told["data"]) if told else Data(train=(UNKNOWN,), max_length=8)
         chat, form = (told["rendering"] == "chat", told["form"]) if told else (None, "")
+        more = {"eval": Eval.model_validate(told["eval"])} if "eval" in told else {}
     except (ValueError, KeyError):
         raise CheckpointError(
             f"{Path(where) / MERGED}: is damaged or of another version of qlora. Merge again."
@@ -229,9 +231,8 @@ def _model(where: str, quant: QuantType | None) -> Trained:
     if told and beside.is_file():  # it lies in its run, which knows where its data was
         data = recorded(beside).data
     recipe = Recipe(
-        model=Model(name=name), quant=Quant(quant_type=quant or "none"), data=data,
-        **({"eval": told["eval"]} if "eval" in told else {}),
-    )  # fmt: skip
+        model=Model(name=name), quant=Quant(quant_type=quant or "none"), data=data, **more
+    )
     config = loader.read_config(recipe)
     if not told:  # as long as it can
         known = getattr(config.config.get_text_config(), "max_position_embeddings", None)

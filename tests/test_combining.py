@@ -456,3 +456,16 @@ def test_ctrl_c_leaves_nothing_and_ends_with_130(runs, tmp_path, monkeypatch, ca
     assert caught.value.code == 130
     assert "Stopped; nothing was written." in capsys.readouterr().err
     assert not list((tmp_path / "new").rglob("*"))
+
+
+def test_its_report_tells_what_each_run_has_kept_and_misses_no_curves(runs, combined):
+    from qlora.report import dossier, findings
+
+    said = {one.about: one for one in findings.verdicts(dossier.read(combined))}
+    assert said["combined"].said.startswith("of several runs by linear")
+    tasks = combined.result["combination"]["tasks"]
+    for task in tasks:
+        one = said[f"of {task['run']}"]
+        assert one.said.endswith(task["verdict"]) and "combined: " in one.said
+        assert f"{task['alone']['held_out_loss']:.4f} alone" in one.said
+    assert len(tasks) == 2 and not any("metrics.jsonl" in one.said for one in said.values())

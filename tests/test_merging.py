@@ -494,3 +494,6 @@ def test_the_command_line_merges_and_says_what_next(run, tmp_path, monkeypatch, 
     assert ended.value.code == 0 and "proof     read back from disk" in said
     assert said.rstrip().splitlines()[-1] == f"next      qlora chat {copy.dir / 'merged'}"
     assert trained.find(copy.dir / "merged").form == "prompt_completion"
+    assert "folded into the NF4 base, it is" in (copy.dir / "report.html").read_text()
+    monkeypatch.chdir(copy.dir)
+    assert trained.find(".").name == f"tiny.v1/{copy.dir.name}"

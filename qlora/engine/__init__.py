@@ -331,7 +331,8 @@ def choose(
         def column(values: list[float]) -> torch.Tensor:
             return torch.tensor(values, dtype=torch.float64, device=device)[:, None]
 
-        temperatures = column([samplings[row].temperature for row in hot])
+        # Below it the likeliest is certain, and a logit by it would be infinite.
+        temperatures = column([max(samplings[row].temperature, 1e-6) for row in hot])
         chances = torch.softmax(logits[hot].double() / temperatures, dim=-1)
         chances, order = chances.sort(dim=-1, descending=True, stable=True)
         before = chances.cumsum(dim=-1) - chances

@@ -56,6 +56,13 @@ class PackedHead(nn.Module):
             torch.mul(tile, self._factors(rows), out=out[:, rows])  # in fp32, rounded once
         return out
 
+    def whole(self, dtype: torch.dtype) -> torch.Tensor:
+        """The matrix (V, H) that it multiplies with. In fp32 it may be too much for a card at once."""
+        out = torch.empty(self.weight.shape, dtype=dtype, device=self.weight.device)
+        for rows in self._tiles():
+            out[rows] = self.weight[rows].float() * self.scale[rows, None]
+        return out
+
     def back(self, gradient: torch.Tensor) -> torch.Tensor:
         """(N, V) to (N, H). ``gradient`` is used up."""
         found = gradient.new_zeros(len(gradient), self.in_features, dtype=torch.float)

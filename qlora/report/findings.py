@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from qlora.chart import figure
 from qlora.page import Mark, Verdict
@@ -23,13 +24,21 @@ def verdicts(told: Dossier) -> list[Verdict]:
         *_fit(told),
         *_alive(told),
         *_steps(told),
+        *_combined(told),
         *_merged(told),
     ]
-    return [*found, *(Verdict("note", "missing", what) for what in told.missing)]
+    missing = told.missing
+    if _combination(told):  # which took no step of its own
+        missing = [what for what in missing if not what.startswith("metrics.jsonl is missing")]
+    return [*found, *(Verdict("note", "missing", what) for what in missing)]
 
 
 def _ended(told: Dossier) -> Verdict:
     steps = number(told.result, "steps")
+    if told.is_finished and _combination(told):
+        when = text(told.result, "finished")[:16].replace("T", " ")
+        how = text(_combination(told), "method")
+        return Verdict("good", "combined", f"of several runs by {how}{', ' * bool(when)}{when}")
     if told.is_finished:
         seconds = number(told.result, "train_seconds")
         said = f"after {figure(steps)} steps" if steps is not None else "its steps are not told"
@@ -167,6 +176,31 @@ def _steps(told: Dossier) -> Iterator[Verdict]:
         yield Verdict("note", "steps", ", ".join(said))
     elif told.curves.lines:
         yield Verdict("good", "steps", "none was left out, taken back or begun anew")
+
+
+def _combination(told: Dossier) -> Mapping[str, Any]:
+    found = told.result.get("combination")
+    return found if isinstance(found, Mapping) else {}
+
+
+def _combined(told: Dossier) -> Iterator[Verdict]:
+    """What the runs that were combined have kept of what each had learned."""
+    tasks = _combination(told).get("tasks")
+    for task in tasks if isinstance(tasks, list) else []:
+        if not isinstance(task, Mapping):
+            continue
+        base, alone, both = (
+            number(task, one, "held_out_loss") for one in ("base", "alone", "combined")
+        )
+        said = text(task, "verdict") or "not scored"
+        mark: Mark = "bad" if said == "BROKEN" else "note" if said == "weak" else "good"
+        if base is None or alone is None or both is None:
+            mark, figures = "unknown", ""
+        else:
+            figures = (
+                f"held-out loss {base:.4f} of the base, {alone:.4f} alone, {both:.4f} combined: "
+            )
+        yield Verdict(mark, f"of {text(task, 'run')}", f"{figures}{said}")
 
 
 def _merged(told: Dossier) -> Iterator[Verdict]:

@@ -144,6 +144,12 @@ class Serving:
         return ids
 
     def _texts(self, voice: Voice, asked: Asked) -> list[list[int]]:
+        room = self.limits.slots + self.limits.waiting
+        if len(asked.prompts) > room:  # told before all of them are cut into tokens
+            raise BadRequest(
+                f"prompt holds {len(asked.prompts):,} prompts; this server takes at most {room} at once.",
+                "prompt",
+            )
         found = []
         for prompt in asked.prompts:
             if isinstance(prompt, str):
