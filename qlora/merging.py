@@ -154,6 +154,9 @@ def merge(
     compute = getattr(torch, cards.compute_dtype(found.recipe, found.card))
     coarse = max(wanted, compute, key=ROUNDING.__getitem__)
     limit = _limit(max_kl, coarse, learned, quantized=kept == "16bit" and originals is not None)
+    if max_kl is None:  # where little was learned, the base itself would be near enough
+        least = max(4 * measured[kept].kl, ROUNDING[torch.float32])
+        limit = min(limit, max(learned.kl / 2, least))
     clock["measured"] = time.monotonic()
     try:
         with rundir.writing_aside(target) as folder:
@@ -235,7 +238,12 @@ def _candidates(
     try:
         originals = weights.tensors(loader.weight_files(found.recipe, found.config))
         wanted = Folded(model, originals)
-    except (ExportError, ModelError, OSError, SafetensorError) as error:  # the NF4 base may be kept alone
+    except (
+        ExportError,
+        ModelError,
+        OSError,
+        SafetensorError,
+    ) as error:  # the NF4 base may be kept alone
         said = str(error).strip().splitlines()[0]
         if onto == "16bit":
             raise ExportError(f"{found.name}: cannot be merged onto 16bit: {said}") from None

@@ -102,7 +102,8 @@ def test_an_adapter_beside_another_leaves_the_bare_base_as_it_is(one, two):
 
 def test_an_adapter_that_cannot_be_had_is_told_and_the_conversation_goes_on(one, tmp_path):
     other = train(tmp_path, save_tiny(tmp_path / "other"), "other", "one")
-    said = talk(one.dir, "/adapter nowhere", f"/adapter {other.dir}", "Say 3.")
+    said = talk(one.dir, "/adapter nowhere", "/adapter it's", f"/adapter {other.dir}", "Say 3.")
+    assert any("it's: no such directory" in line for line in said)
     assert any("nowhere: no such directory" in line for line in said)
     (told,) = [line for line in said if "were not trained on one base" in line]
     assert "model.name is" in told and told.endswith("Name runs of one base.")

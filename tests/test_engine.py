@@ -296,6 +296,12 @@ def test_a_throw_falls_on_each_token_as_often_as_transformers_would_choose_it():
         torch.testing.assert_close(found[row], scores.softmax(-1)[0], atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("temperature", [1e-3, 1e-300, 5e-324])
+def test_at_a_temperature_near_zero_the_likeliest_is_chosen(temperature):
+    logits = torch.tensor([[0.0, 5.0, 20.0, 1.0]])
+    assert engine.choose(logits, [Sampling(temperature)], [0.999]) == [2]
+
+
 def test_at_temperature_zero_the_likeliest_is_chosen_beside_rows_that_are_sampled():
     logits = torch.tensor([[0.0, 3.0, 2.9], [0.0, 3.0, 2.9]])
     assert engine.choose(logits, [Sampling(), Sampling(1.0)], [0.0, 0.999999])[0] == 1
@@ -437,6 +443,46 @@ def test_a_pass_that_fails_ends_its_questions_and_not_the_engine(
     again = served.answer(house.question("red", house.prompts[0]))[1]
     assert again.tokens == house.said["red", house.prompts[0]]
     assert served.is_alive and served.active == served.queued == 0
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_a_thread_that_ends_leaves_nobody_waiting(house, running, monkeypatch):
+    """A card that was lost fails at each call, also where its memory is given back."""
+    served = running(slots=1, waiting=2)
+
+    def lost(*args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+    monkeypatch.setattr(Slots, "step", lost)
+    monkeypatch.setattr(engine.gc, "collect", lost)
+    ears = [Ear() for _ in range(3)]
+    served.ask([house.question("red", house.prompts[0])] * 3, ears)
+    assert [ear.wait().reason for ear in ears] == ["failed"] * 3
+    served._thread.join(30)
+    assert not served.is_alive and served.active == served.queued == 0
+    with pytest.raises(Closed):
+        served.ask([house.question("red", house.prompts[0])], [Ear()])
+
+
+def test_a_prompt_there_is_no_memory_for_leaves_the_others_theirs(house, monkeypatch):
+    table = Slots(house.base, house.stacked, 2)
+    table.fill(0, house.prompts[0], "red")
+    widen, wide = slots._Layer.widen, []
+
+    def full(self, width):
+        if width > slots.COLUMNS:
+            wide.append(width)
+            if len(wide) == 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        widen(self, width)
+
+    monkeypatch.setattr(slots._Layer, "widen", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        table.fill(1, house.prompts[2] * 10, "blue")
+    assert len(wide) == 3
+    assert {layer.keys.shape[2] for layer in table._layers} == {slots.COLUMNS}
+    said = house.said["red", house.prompts[0]]
+    assert int(table.step([said[0], 0])[0].argmax()) == said[1]
 
 
 def test_logits_that_are_not_finite_fail_their_own_row_alone(house, running, monkeypatch):

@@ -6,6 +6,7 @@ import io
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -199,6 +200,73 @@ def test_what_is_wrong_in_the_sum_alone_is_caught_by_the_verdict(run, tmp_path, 
     assert nothing_left(tmp_path)
 
 
+@pytest.fixture(scope="module")
+def in_bf16(base, tmp_path_factory):
+    """As a card computes."""
+    folder = tmp_path_factory.mktemp("bf16")
+    return train(folder, base, quant__compute_dtype="bfloat16", train__max_steps=4)
+
+
+@pytest.mark.parametrize("share", [1.0, 0.01, 1e-4])
+def test_an_adapter_that_does_little_in_16_bits_is_no_wrong_merge(in_bf16, share, monkeypatch):
+    """Added to a base's answer in bf16, an effect of a thousandth of it is rounded away."""
+    model = trained.load(trained.find(in_bf16.dir))
+    for name, weight in model.named_parameters():
+        if ".lora_B." in name:
+            weight.data.mul_(share)
+    assert model.dtype == torch.bfloat16 and Folded(model).prove() <= 0.01
+    wrong(monkeypatch, "twice")
+    with pytest.raises(ExportError, match="adds something else"):
+        Folded(model).prove()
+
+
+def test_a_base_without_what_little_was_learned_is_not_near_enough(in_bf16, tmp_path, monkeypatch):
+    little = Run(shutil.copytree(in_bf16.dir, tmp_path / "runs" / in_bf16.dir.name))
+    file, true, write = little.adapter / "adapter_model.safetensors", trained.load, shards.write
+    weights = load_file(file)
+    save_file({n: t * (0.01 if "lora_B" in n else 1) for n, t in weights.items()}, file)
+    merged = merging.merge(little.dir, tmp_path / "right", onto="nf4", console=QUIET)
+    assert 1e-5 < merged.learned.kl < merging.ROUNDING[torch.bfloat16]
+    loaded = []
+
+    def load(found, **more):
+        loaded.append(true(found, **more))
+        return loaded[-1]
+
+    def without(folder, slots, make, watch):
+        bare = Folded(loaded[0], with_adapter=False)
+        return write(folder, slots, lambda name: bare.tensor(name, slots[name].dtype), watch)
+
+    monkeypatch.setattr(trained, "load", load)
+    monkeypatch.setattr(shards, "write", without)
+    with pytest.raises(ExportError, match="not what was trained"):
+        merging.merge(little.dir, tmp_path / "wrong", onto="nf4", console=QUIET)
+
+
+def test_weights_finer_than_the_arithmetic_are_held_to_what_it_rounds(in_bf16, tmp_path):
+    merged = merging.merge(in_bf16.dir, tmp_path / "out", dtype="float32", console=QUIET)
+    assert merged.dtype == "float32" and merged.verdict.kl <= merging.ROUNDING[torch.bfloat16]
+
+
+def test_a_checkpoint_that_cannot_be_had_any_more_leaves_the_nf4_base(run, tmp_path, monkeypatch):
+    """The NF4 base is kept in the cache; the hub may be out of reach by now."""
+    found = trained.find(run.dir)
+    model, true = trained.load(found), trained.load
+
+    def gone(recipe, config):
+        raise OSError("the hub cannot be reached\nand more")
+
+    monkeypatch.setattr(
+        trained, "load", lambda one, **more: model if one.run else true(one, **more)
+    )
+    monkeypatch.setattr(loader, "weight_files", gone)
+    with pytest.raises(
+        ExportError, match=r"cannot be merged onto 16bit: the hub cannot be reached$"
+    ):
+        merging.merge(run.dir, tmp_path / "other", onto="16bit", console=QUIET)
+    assert merging.merge(run.dir, tmp_path / "out", console=QUIET).onto == "nf4"
+
+
 def test_a_file_that_does_not_hold_what_was_measured_is_caught(run, tmp_path, monkeypatch):
     """What counts is what is on disk, not what was computed before it was written."""
     write, layers = shards.write, [f"model.layers.{n}.mlp.up_proj.weight" for n in (0, 1)]
@@ -348,6 +416,26 @@ def test_what_is_given_away_names_no_place_of_this_machine(run, tmp_path):
         assert str(run.dir.parent.parent) not in text, name
         assert "Say 3." not in text, name
     assert all(path.stat().st_mode & 0o444 == 0o444 for path in out.iterdir())
+
+
+@pytest.mark.parametrize("name", ["~/secret/base", "../secret/base", "/secret/base"])
+def test_a_base_or_held_out_rows_in_a_folder_are_not_named(run, name):
+    found = trained.find(run.dir)
+    data = found.recipe.data.model_copy(
+        update={"train": ("hub:owner/rows",), "held_out": "secret/rows.jsonl"}
+    )
+    model = found.recipe.model.model_copy(update={"name": name})
+    recipe = found.recipe.model_copy(update={"data": data, "model": model})
+    told = merging._facts(replace(found, recipe=recipe))
+    assert "secret" not in json.dumps(told)
+
+
+def test_a_damaged_word_of_what_was_merged_is_told(run, tmp_path):
+    out = merging.merge(run.dir, tmp_path / "out", console=QUIET).dir
+    told = rundir.read_json(out / "merge.json")
+    rundir.write_json(out / "merge.json", told | {"eval": {"generate": "many"}})
+    with pytest.raises(CheckpointError, match="is damaged or of another version"):
+        trained.find(out)
 
 
 # --- what is refused

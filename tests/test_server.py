@@ -242,6 +242,30 @@ def test_a_seed_draws_the_same_answer_again_and_stop_cuts_it(client):
     assert cut.finish_reason == "stop" and len(cut.message.content) <= 3
 
 
+def test_more_prompts_than_there_is_room_for_are_not_even_cut_into_tokens(client, opened):
+    with pytest.raises(
+        openai.BadRequestError, match=r"holds 11 prompts.* at most 10 at once"
+    ) as bad:
+        client.completions.create(model="base", prompt=["x"] * 11)
+    assert bad.value.param == "prompt"
+
+
+def test_long_rows_that_would_turn_the_frequencies_of_short_ones_are_not_taken():
+    from transformers import AutoModelForCausalLM, Phi3Config
+
+    rope = {"rope_type": "longrope", "rope_theta": 10000.0, "short_factor": [1.0] * 4,
+            "long_factor": [4.0] * 4, "original_max_position_embeddings": 32, "factor": 8.0}  # fmt: skip
+    config = Phi3Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=4,
+        max_position_embeddings=256, pad_token_id=0, rope_parameters=rope,
+        original_max_position_embeddings=32,
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(config)
+    assert serving.positions(model, Limits()) == 32
+    with pytest.raises(ModelError, match="--max-length is 33"):
+        serving.positions(model, Limits(max_length=33))
+
+
 def test_errors_come_as_the_clients_own_kinds(client):
     asked = {"model": "red", "messages": messages("Hi")}
     with pytest.raises(

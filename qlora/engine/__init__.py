@@ -217,6 +217,18 @@ class Engine:
     # --- the thread
 
     def _run(self) -> None:
+        try:
+            self._work()
+        finally:  # whatever ended it (a card that is lost fails at each call): nobody waits for it
+            with self._changed:
+                self._closed = True
+                left = [*self._waiting, *self._rows.values()]
+                self._waiting.clear()
+                self._rows.clear()
+            for one in left:
+                self._ended(one, "failed")
+
+    def _work(self) -> None:
         while True:
             with self._changed:
                 while not (self._waiting or self._rows or self._closed):

@@ -42,9 +42,14 @@ class Slots:
             out = self.model(ids, past_key_values=kept, use_cache=True, logits_to_keep=1)
         if not self._layers:
             self._layers = [_Layer(self.count) for _ in kept.layers]
-        self._make_room(len(prompt) + 1)
-        for own, found in zip(self._layers, kept.layers, strict=True):
-            own.fill(slot, found.keys, found.values)
+        try:
+            self._make_room(len(prompt) + 1)
+            for own, found in zip(self._layers, kept.layers, strict=True):
+                own.fill(slot, found.keys, found.values)
+        except RuntimeError:  # no memory for it: what some layers took already, the others need
+            for own in self._layers:
+                own.narrow(_width(max(self.lengths) + 1))
+            raise
         self.lengths[slot], self.adapters[slot] = len(prompt), adapter
         return out.logits[0, -1].float()
 
@@ -75,7 +80,7 @@ class Slots:
             self._layers = []
 
     def _make_room(self, length: int) -> int:
-        width = -(-length // COLUMNS) * COLUMNS
+        width = _width(length)
         for layer in self._layers:
             layer.widen(width)
         return width
@@ -92,6 +97,10 @@ class Slots:
             mask = torch.zeros(seen.shape, dtype=dtype, device=places.device)
             made[kind] = mask.masked_fill(~seen, torch.finfo(dtype).min)[:, None, None]
         return made if len(made) > 1 else next(iter(made.values()))
+
+
+def _width(length: int) -> int:
+    return -(-length // COLUMNS) * COLUMNS
 
 
 def windows(config: Any) -> dict[str, int | None]:
@@ -141,6 +150,11 @@ class _Layer(DynamicLayer):
                 for x in (self.keys, self.values)
             )
         self.width = max(self.width, width)
+
+    def narrow(self, width: int) -> None:
+        if self.keys is not None and self.values is not None and width < self.keys.shape[2]:
+            self.keys, self.values = (x[:, :, :width].clone() for x in (self.keys, self.values))
+        self.width = min(self.width, width)
 
     def aim(self, places: torch.Tensor, width: int) -> None:
         self.places, self.seen = places, width

@@ -202,7 +202,13 @@ def positions(model: Any, limits: Limits) -> int:
     Raises:
         ModelError: More are asked for than the model has.
     """
-    own = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 2**20
+    config = model.config.get_text_config()
+    own = getattr(config, "max_position_embeddings", None) or 2**20
+    rope = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        # Beyond them one long row turns the frequencies of all (transformers 5.23), whose keys are kept.
+        short = rope.get("original_max_position_embeddings")
+        own = min(own, short or getattr(config, "original_max_position_embeddings", None) or own)
     if limits.max_length is not None and limits.max_length > own:
         raise ModelError(
             f"--max-length is {limits.max_length:,}, and the model has {own:,} positions. Ask for at most "
