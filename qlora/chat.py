@@ -125,6 +125,11 @@ class Conversation:
                 self.system = rest or None
                 self.start()
                 self._note(f"begun anew {'with' if rest else 'without'} a system turn")
+            case "/adapter" if not self.speaker.has_base:
+                self._note(
+                    f"{self.speaker.now} is a model without an adapter and takes none; `qlora chat RUN` "
+                    "talks to a run"
+                )
             case "/adapter" if rest:
                 self.speaker.switch(_first(rest))
                 self.start()

@@ -98,6 +98,8 @@ def finish(run: Run, wanted: Sequence[Step], console: Console | None = None) -> 
             raise Interrupted(f"Stopped. {_left(run, wanted[number:])}") from None
     for line in proven:
         screen.say("proven", line)
+    if any(step.name != "vllm" for step in wanted):
+        screen.say("next", shlex.join(["qlora", "chat", shown(run.dir / "merged")]))
 
 
 def _left(run: Run, steps: Sequence[Step]) -> str:

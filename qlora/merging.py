@@ -39,7 +39,7 @@ from qlora import (
 from qlora.agreement import Agreement, compare
 from qlora.errors import ExportError, ModelError
 from qlora.folded import Folded, Onto
-from qlora.places import expanded, is_there, shown
+from qlora.places import expanded, shown
 from qlora.probing import Probes
 from qlora.recipe import EMBEDDED, HUB, is_local
 from qlora.records import Turn
@@ -134,7 +134,7 @@ def merge(
             f"{where}: a model without an adapter; there is nothing to merge. Name a run."
         )
     target = expanded(out) if out is not None else found.run.dir / "merged"
-    require_free(target)
+    rundir.require_free(target)
     # Where the table lies changes no number; here it is wanted whole.
     train = found.recipe.train.model_copy(update={"embedding_offload": False})
     found = replace(found, recipe=found.recipe.model_copy(update={"train": train}))
@@ -198,18 +198,6 @@ def _limit(
     if max_kl is not None:
         return max_kl
     return max(ROUNDING[dtype], min(QUANTIZING, SHARE_LOST * learned.kl) if quantized else 0.0)
-
-
-def require_free(target: Path) -> None:
-    """Return in silence if a folder can be written where nothing is yet.
-
-    Raises:
-        ExportError: Something is there, or it cannot be reached.
-    """
-    if is_there(target):
-        raise ExportError(
-            f"{shown(target)}: exists already. Name another folder with --out, or remove it first."
-        )
 
 
 def _dtype(found: Trained, asked: DTypeName) -> torch.dtype:

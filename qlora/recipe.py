@@ -129,6 +129,17 @@ def is_local(name: str) -> bool:
     return name.startswith((EMBEDDED, "./", "../", "/", "~")) or is_there(expanded(name))
 
 
+def is_hub_id(name: str) -> bool:
+    """Whether a name can only mean a model on the hub, or one that ships with the package.
+
+    >>> is_hub_id("Qwen/Qwen3-8B"), is_hub_id("runs/mine"), is_hub_id("embedded:base")
+    (True, False, True)
+    """
+    if name.startswith(EMBEDDED):
+        return True
+    return name.count("/") == 1 and not is_local(name) and not name.startswith("runs/")
+
+
 def local_path(name: str) -> Path:
     """Where ``embedded:`` and ordinary names lie on this machine."""
     if name.startswith(EMBEDDED):

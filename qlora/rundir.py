@@ -32,8 +32,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from qlora.errors import CheckpointError, RecipeError
-from qlora.places import expanded
+from qlora.errors import CheckpointError, ExportError, RecipeError
+from qlora.places import expanded, is_dir, is_file, is_there, shown
 
 MANIFEST = "manifest.json"
 _ASIDE: set[Path] = set()  # folders that are being written and get their names when they are synced
@@ -189,32 +189,64 @@ def locked(run: Run) -> Iterator[None]:
         yield
 
 
-def open_run(where: str | Path) -> Run:
+def open_run(where: str | Path, *, of_one_name: bool = False) -> Run:
     """The run at a path, or the newest run below it (``runs/quickstart``, or ``runs``).
+
+    Args:
+        where: A run's folder, or one or two levels above it.
+        of_one_name: Refuse a folder whose runs have several names: what is written is meant for one.
 
     Raises:
         CheckpointError: Nothing there is a run.
     """
     path = expanded(where)
-    if (path / "recipe.yaml").is_file():
+    if is_file(path / "recipe.yaml"):
         return Run(path)
-    if path.is_dir():
+    if is_dir(path):
         below = runs_below(path)
+        names = sorted({run.dir.parent for run in below})
+        if of_one_name and len(names) > 1:
+            few = ", ".join(map(str, names[:4])) + (" ..." if len(names) > 4 else "")
+            raise CheckpointError(f"{where}: runs of several names lie below it. Name one: {few}.")
         if below:
             return max(below, key=lambda run: started(run.dir))
         raise CheckpointError(
             f"{where}: not a run directory (no recipe.yaml), and no run lies below it. "
             "A run is what `qlora train` prints at its end, such as runs/quickstart/20260101-120000."
         )
+    if is_file(path):
+        raise CheckpointError(
+            f"{where}: a file. A run is the folder that `qlora train` prints at its end, such as "
+            "runs/quickstart/20260101-120000."
+        )
+    near = sorted(run.dir.parent.name for run in runs_below(path.parent))
+    there = f" In {path.parent} there are {', '.join(dict.fromkeys(near))}." if near else ""
     raise CheckpointError(
-        f"{where}: no such directory. A run is what `qlora train` prints at its end."
+        f"{where}: no such directory. A run is what `qlora train` prints at its end.{there}"
     )
 
 
+def require_free(target: Path) -> None:
+    """Return in silence if a folder can be written where nothing is yet.
+
+    Raises:
+        ExportError: Something is there, or it cannot be reached.
+    """
+    if is_there(target):
+        raise ExportError(
+            f"{shown(target)}: exists already. Name another folder with --out, or remove it first."
+        )
+
+
 def runs_below(folder: Path) -> list[Run]:
-    """Every run in a folder of runs, such as ``runs`` or ``runs/quickstart``; none if it is absent."""
-    found = folder.glob("**/recipe.yaml")
-    return [Run(path.parent) for path in found if _START.match(path.parent.name)]
+    """Every run in a folder of runs, such as ``runs`` or ``runs/quickstart``; none if it is absent.
+
+    Two levels are looked through and no more: what lies deeper is somebody else's.
+    """
+    with suppress(OSError):
+        found = [path for depth in range(3) for path in folder.glob("*/" * depth + "recipe.yaml")]
+        return [Run(path.parent) for path in found if _START.match(path.parent.name)]
+    return []
 
 
 def require_named_as_run(run: Run) -> None:

@@ -19,7 +19,7 @@ from qlora.errors import CheckpointError, QLoRAError
 from qlora.loader import BaseConfig
 from qlora.places import expanded
 from qlora.preparation import vocabulary_digest
-from qlora.recipe import is_local, local_path, recorded
+from qlora.recipe import is_hub_id, is_local, local_path, recorded
 from qlora.records import Record, Turn
 from qlora.rendering import Renderer
 from qlora.rundir import Run
@@ -206,13 +206,6 @@ def require_same_weights(other: Trained, model: Any) -> None:
         _require_same_weights(other, other.run, model)
 
 
-def is_hub_id(name: str) -> bool:
-    """Whether a name can only mean a model on the hub, or one that ships with the package."""
-    if name.startswith("embedded:"):
-        return True
-    return name.count("/") == 1 and not is_local(name) and not name.startswith("runs/")
-
-
 def _model(where: str, quant: QuantType | None) -> Trained:
     """A model without an adapter; one that `qlora merge` wrote says itself how it was trained."""
     name = str(Path(where).resolve()) if Path(where).is_dir() else where
@@ -262,7 +255,7 @@ def _run_and_source(path: Path, finished: bool) -> tuple[Run, Path]:
         if finished and path != run.adapter.resolve():
             raise CheckpointError(f"{path}: a checkpoint; name a run that has finished.")
     else:
-        run = rundir.open_run(path)
+        run = rundir.open_run(path, of_one_name=finished)
         if run.is_complete:
             return run, run.adapter
         newest = store.newest(run.checkpoints)

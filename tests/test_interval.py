@@ -79,11 +79,10 @@ def test_many_rows_are_drawn_in_blocks_and_the_draws_are_all_there(monkeypatch):
 def test_a_handful_of_rows_shows_nothing_however_they_agree(rows):
     found = paired([0.0] * rows, [1.0] * rows)
     assert found.low == found.high == 1.0 and not found.is_shown
-    said = found.verdict(lower_is_better=False)
-    assert said == (
-        "no difference that this 1 row can show" if rows == 1
-        else f"no difference that these {rows} rows can show"
-    )  # fmt: skip
+    assert found.verdict(lower_is_better=False) == f"too few rows: {rows} differ, and 6 must"
+    same = paired([1.0] * rows, [1.0] * rows).verdict(lower_is_better=False)
+    these = "this 1 row" if rows == 1 else f"these {rows} rows"
+    assert same == f"no difference that {these} can show"
 
 
 def test_six_rows_that_all_agree_are_the_fewest_that_a_sign_test_believes():

@@ -355,3 +355,38 @@ def test_a_checkpoint_half_written_aside_is_not_found(run: Run) -> None:
         rundir.seal(folder)
         assert store.newest(run.checkpoints) == whole
     assert store.newest(run.checkpoints) == run.checkpoints / "checkpoint-6"
+
+
+def _made(folder: Path, name: str, start: str) -> Path:
+    run = folder / name / start
+    run.mkdir(parents=True)
+    (run / "recipe.yaml").write_text("")
+    return run
+
+
+def test_runs_are_looked_for_two_levels_down_and_no_deeper(tmp_path):
+    _made(tmp_path / "runs", "a", "20260101-000000")
+    newer = _made(tmp_path / "runs", "b", "20260102-000000")
+    assert rundir.open_run(tmp_path / "runs").dir == newer
+    with pytest.raises(CheckpointError, match="no run lies below it"):
+        rundir.open_run(tmp_path)
+
+
+def test_what_is_written_is_meant_for_a_run_of_one_name(tmp_path):
+    mine = _made(tmp_path, "a", "20260101-000000")
+    assert rundir.open_run(tmp_path, of_one_name=True).dir == mine
+    _made(tmp_path, "b", "20260102-000000")
+    with pytest.raises(
+        CheckpointError, match=r"runs of several names lie below it\. Name one: .*/a, "
+    ):
+        rundir.open_run(tmp_path, of_one_name=True)
+    assert rundir.open_run(tmp_path / "a", of_one_name=True).dir == mine
+
+
+def test_a_wrong_name_is_told_with_those_that_are_there(tmp_path):
+    _made(tmp_path, "mine", "20260101-000000")
+    (tmp_path / "mine.yaml").write_text("")
+    with pytest.raises(CheckpointError, match=r"no such directory\. .* In \S+ there are mine\."):
+        rundir.open_run(tmp_path / "mien")
+    with pytest.raises(CheckpointError, match=r"mine\.yaml: a file\. A run is the folder that"):
+        rundir.open_run(tmp_path / "mine.yaml")

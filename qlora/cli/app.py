@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from typing import Annotated
 
@@ -24,6 +25,24 @@ def _version(asked: bool) -> None:
     if asked:
         print(f"qlora {__version__}")
         raise typer.Exit
+
+
+def look(where: str) -> None:
+    """Refuse what is neither run nor model before anything heavy is imported, and say what is opened.
+
+    Raises:
+        CheckpointError: It is neither.
+    """
+    from qlora import places, recipe, rundir
+
+    path = places.expanded(where)
+    names = ("config.json", "adapter_config.json")  # a model; an adapter or checkpoint of a run
+    if not any(places.is_file(path / name) for name in names) and not (
+        not places.is_there(path) and recipe.is_hub_id(where)
+    ):
+        rundir.open_run(where)
+    if sys.stderr.isatty():
+        print(f"loading   {where}", file=sys.stderr)
 
 
 @app.callback()

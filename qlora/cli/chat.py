@@ -9,7 +9,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 
 
 @app.command()
@@ -29,10 +29,7 @@ def chat(
     """Talk to a tuned model in the terminal; answers are streamed."""
     from rich.console import Console
 
-    from qlora import places, rundir
-
-    if not places.is_file(places.expanded(run) / "config.json"):
-        rundir.open_run(run)
+    look(run)
     from qlora import chat as story
     from qlora.generation import Sampling
 

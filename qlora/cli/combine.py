@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 from qlora.errors import Interrupted, RecipeError
 
 
@@ -17,7 +17,7 @@ def combine(
         list[str], typer.Argument(help="Two or more finished runs of one base, or runs/NAME.")
     ],
     method: Annotated[
-        str,
+        Literal["linear", "svd", "ties", "dare_ties"],
         typer.Option(
             help="linear: the weighted sum, exactly. svd: that sum cut down to a rank. ties, dare_ties: "
             "entries are chosen first, so that opposed ones do not cancel."
@@ -58,12 +58,14 @@ def combine(
     """
     import json
 
+    for run in runs:
+        look(run)
     try:
         from rich.console import Console
 
         from qlora import combining
 
-        run = combining.combine(
+        made = combining.combine(
             runs,
             method=method,
             weights=_numbers(weights),
@@ -80,7 +82,7 @@ def combine(
     except KeyboardInterrupt:
         raise Interrupted("Stopped; nothing was written.") from None
     if as_json:
-        print(json.dumps(run.result, indent=2))
+        print(json.dumps(made.result, indent=2))
 
 
 def _numbers(text: str | None) -> list[float] | None:

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 from qlora.errors import Interrupted
 
 
@@ -66,15 +66,16 @@ def evaluate(
     """
     import json
 
-    from rich.console import Console
-
-    from qlora import evaluation
-
     tasks = [name.strip() for name in (lm_eval or "").split(",") if name.strip()]
     if lm_eval is None and (lm_eval_path or lm_eval_limit or lm_eval_chat is not None):
         from qlora.errors import RecipeError
 
         raise RecipeError("--lm-eval-... says how tasks are run, and --lm-eval names none.")
+    look(where)
+    from rich.console import Console
+
+    from qlora import evaluation
+
     if lm_eval is not None and not tasks:
         from qlora.evaluation import harness
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 
 
 class To(StrEnum):
@@ -62,6 +62,7 @@ def export(
     """Hand a run to llama.cpp, Ollama, vLLM or the hub, with proof that it is still the same model."""
     import json
 
+    look(run)
     from rich.console import Console
 
     from qlora import export as story
@@ -92,5 +93,7 @@ def export(
         print(json.dumps(found, indent=2))
     elif to == To.ollama:
         print(f"next      cd {made.where} && ollama create NAME -f Modelfile && ollama run NAME")
+    elif to == To.vllm:
+        print(f"next      sh {made.where}/serve.sh   (in an environment of vLLM)")
     elif to == To.hub:
         print(f"next      {made.where}")

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 
 
 @app.command()
@@ -38,9 +38,14 @@ def merge(
     """Write adapter and base as one 16-bit model, and prove that it is what was trained."""
     import json
 
+    from qlora import places, rundir
+
+    look(run)
+    if out is not None:
+        rundir.require_free(places.expanded(out))
     from rich.console import Console
 
-    from qlora import merging, places
+    from qlora import merging
 
     console = Console(stderr=as_json)
     merged = merging.merge(run, out, onto=onto, dtype=dtype, max_kl=max_kl, console=console)

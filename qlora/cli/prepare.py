@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import shlex
 import sys
 from pathlib import Path
 from typing import Annotated
@@ -48,7 +49,8 @@ def init(
         print(
             "not planned: the model's config.json cannot be read here; `qlora train` will check the fit"
         )
-    print(f"wrote {target}\nlook: qlora data {target}\nnext: qlora train {target}")
+    typed = shlex.quote(str(target))
+    print(f"wrote {target}\nlook: qlora data {typed}\nnext: qlora train {typed}")
 
 
 @app.command()

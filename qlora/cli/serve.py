@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from qlora.cli.app import app
+from qlora.cli.app import app, look
 from qlora.errors import Interrupted
 
 
@@ -45,6 +45,8 @@ def serve(
     """
     from qlora import address
 
+    for run in runs:
+        look(run)
     keys = address.keys_for(host, api_key_env or ())
     sock = address.listen(host, port)
     try:

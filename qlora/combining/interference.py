@@ -16,6 +16,10 @@ from qlora.screen import Screen
 from qlora.trained import Trained
 
 HALF = 0.5  # of what an adapter had gained: below, its task is called weak
+FAR, FAR_NATS = (
+    1.5,
+    0.05,
+)  # a combined loss beyond this many times the own one, and nats, is far above it
 Progress = Callable[[Sequence[int], str], Iterable[int]]
 
 
@@ -59,7 +63,11 @@ class Task:
 
     @property
     def verdict(self) -> str:
-        """``kept``, ``weak`` (less than half), ``BROKEN`` (worse than the base), ``no gain`` or nothing."""
+        """``kept``, ``weak``, ``BROKEN`` (worse than the base), ``no gain`` or nothing.
+
+        Weak is less than half of the gain, or a loss far above the adapter's own: from a base that knew
+        nothing of the task, nearly all of the gain can be kept by answers that are of no use.
+        """
         if not self.rows:
             return ""
         if self.kept is None:
@@ -67,7 +75,9 @@ class Task:
         if self.kept < 0:
             return "BROKEN"
         least = min(share for share in (self.kept, self.kept_matches) if share is not None)
-        return "weak" if least < HALF else "kept"
+        alone, both = self.alone.held_out_loss, self.combined.held_out_loss
+        far = alone is not None and both is not None and both > FAR * alone + FAR_NATS
+        return "weak" if least < HALF or far else "kept"
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self) | {

@@ -11,11 +11,10 @@ from qlora import data, rundir, table
 from qlora.errors import CheckpointError, DataError
 from qlora.evaluation import reading
 from qlora.ledger import counted
+from qlora.places import expanded
 from qlora.preparation import Example
 from qlora.screen import Screen
-from qlora.trained import Trained
-
-UNKNOWN = "-"  # data.train of a model that no recipe trained
+from qlora.trained import MERGED, UNKNOWN, Trained
 
 
 @dataclass(frozen=True)
@@ -56,10 +55,10 @@ def find(
             cannot be read again; it is a model that no run made.
     """
     if file is None and found.run is None and found.recipe.data.sources[0].name == UNKNOWN:
-        raise DataError(
-            f"{found.name} is a model that no run of qlora made, so it held out no rows. Name a file with "
-            "rows to ask: --data FILE."
-        )
+        what = "a model that no run of qlora made, so it held out no rows"
+        if (expanded(found.recipe.model.name) / MERGED).is_file():
+            what = "a merged model away from its run, and which rows that held out it does not say"
+        raise DataError(f"{found.name} is {what}. Name a file with rows to ask: --data FILE.")
     if file is not None:
         asked = reading.read(
             file, found.recipe, found.renderer, found.config.vocab_size, screen.track

@@ -52,7 +52,11 @@ class Interval:
         'better'
         >>> Interval(-0.2, -0.5, 0.1, 50, 50).verdict(lower_is_better=True)
         'no difference that these 50 rows can show'
+        >>> Interval(-0.2, -0.3, -0.1, 5, 5).verdict(lower_is_better=True)
+        'too few rows: 5 differ, and 6 must'
         """
+        if self.differing < FEWEST and not self.low <= 0 <= self.high:
+            return f"too few rows: {self.differing} differ, and {FEWEST} must"
         if not self.is_shown:
             these = "this 1 row" if self.rows == 1 else f"these {self.rows:,} rows"
             return f"no difference that {these} can show"

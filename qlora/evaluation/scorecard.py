@@ -16,13 +16,13 @@ from rich.text import Text
 
 from qlora.evaluation.forgetting import Forgetting
 from qlora.evaluation.heldout import Rows
-from qlora.evaluation.interval import Interval
+from qlora.evaluation.interval import FEWEST, Interval
 from qlora.screen import flat, visible
 
 SHOWN = 3  # samples
 FIELDS = 12  # of the answers' JSON that are listed one by one
 CHARS = 400  # of a sample's cell
-SAME = "no difference"
+SAME, FEW = "no difference", "too few rows"
 
 
 @dataclass(frozen=True)
@@ -114,15 +114,24 @@ def show(found: Evaluation, console: Console) -> None:
     if compares:
         table.add_column("difference (95 %)", justify="right", no_wrap=True)
         table.add_column("tuned is", no_wrap=True)
-    same = False
+    same = few = False
     for name, base, tuned, difference, verdict in _lines(found):
         unshown = verdict.startswith(SAME)
-        same, short = same or unshown, SAME if unshown else verdict
+        scant = verdict.startswith(FEW)
+        same, few = same or unshown, few or scant
+        short = SAME if unshown else FEW if scant else verdict
         cells = [name, base, tuned, difference, short] if compares else [name, tuned]
         table.add_row(*(Text(flat(cell)) for cell in cells))
     console.print(table)
     if same:
         _say(console, "note", f"{SAME}: none that so many rows, or documents, can show")
+    if few:
+        _say(
+            console,
+            "note",
+            f"{FEW}: a verdict needs {FEWEST} that differ. Ask more with --data FILE, or hold out more "
+            "(data.held_out_fraction).",
+        )
     if found.scored_fields and found.tuned.answered:
         named = ", ".join(found.scored_fields)
         _say(
