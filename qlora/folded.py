@@ -92,7 +92,7 @@ class Folded:
         elif key == "weight" and getattr(module.weight, "quant_state", None) is not None:
             found = nf4.unpacked(module)
         if name in self._adapted:
-            return (found.float() + adapter.delta(self.model, path)).to(dtype)
+            return adapter.delta(self.model, path).add_(found).to(dtype)
         return found.to(dtype) if found.is_floating_point() else found
 
     def slots(self, dtype: torch.dtype) -> dict[str, Slot]:

@@ -149,6 +149,9 @@ def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description="Host memory and time of merging a run.")
     made.add_argument("--pairs", type=measure.positive, default=2, help="default: 2")
     made.add_argument("--base", type=Path, metavar="FOLDER", help="train and merge on this one")
+    made.add_argument(
+        "--run", type=Path, metavar="RUN", help="merge this one of it; none is trained"
+    )
     made.add_argument("--do", choices=("copy", "nf4", "auto"), help="one of them here; print JSON")
     made.add_argument("--place", type=Path, help="for --do: a checkpoint, or a run")
     made.add_argument("--work", type=Path, help="for --do: where to write")
@@ -161,6 +164,10 @@ def main() -> None:
     if arguments.base is not None and not (arguments.base / "config.json").is_file():
         parser().error(
             f"--base {arguments.base}: not a model folder, there is no config.json in it"
+        )
+    if arguments.run is not None and (arguments.base is None or not arguments.run.is_dir()):
+        parser().error(
+            "--run names a run, and --base the folder of the base that it was trained on"
         )
     if arguments.do:
         if arguments.place is None or arguments.work is None:
@@ -178,13 +185,16 @@ def main() -> None:
             site = gpu_suite.Site(work=work, models=work / "models", small=False)
             base = gpu_suite.random_model(site, gpu_suite.LLAMA_1B)
         try:
-            run = train(base.resolve(), work, work / "cache")
+            cache = work / "cache"
+            if arguments.run is not None and "QLORA_CACHE" in os.environ:
+                cache = Path(os.environ["QLORA_CACHE"])
+            run = (arguments.run or train(base.resolve(), work, cache)).resolve()
             found: dict[str, list[dict[str, Any]]] = {"copy": [], "nf4": [], "auto": []}
             for order in measure.turns(arguments.pairs):
                 for ours in order:
                     for how in ("nf4", "auto") if ours else ("copy",):
                         place = run if ours else base.resolve()
-                        found[how].append(in_its_own_process(how, place, work, work / "cache"))
+                        found[how].append(in_its_own_process(how, place, work, cache))
         except measure.CommandFailed as error:
             raise SystemExit(str(error)) from None
         result = told(found)

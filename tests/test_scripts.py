@@ -46,7 +46,7 @@ BAD_ARGUMENTS = {
     "torture_inputs": [["--out"], ["extra"]],
     "torture_steps": [["--out"], ["extra"], ["--only"]],
     "bench_checkpoint": [["--rounds=0"], ["--only=loads"], ["--dir=no/such/folder"], ["extra"]],
-    "bench_merge": [["--pairs=0"], ["--base=no/such/folder"], ["--do=copy"], ["--do=both"]],
+    "bench_merge": [["--pairs=0"], ["--base=no/such/folder"], ["--do=copy"], ["--do=both"], ["--run=x"]],
     "bench_serve": [["--seconds=0"], ["--pairs=x"], ["--questions=-1"], ["extra"]],
     "torture_checkpoints": [["--trials=0"], ["--only", "kicks"], ["--only"], ["--out"]],
 }  # fmt: skip
