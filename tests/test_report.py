@@ -557,10 +557,10 @@ def test_what_the_command_cannot_do_ends_with_a_message(copied, told, tmp_path):
     for words, said in (
         (("none",), "none: no such directory. A run is what `qlora train` prints at its end."),
         (
-            (str(tmp_path), "--out", str(tmp_path / "x.txt")),
+            (str(copied.dir), "--out", str(tmp_path / "x.txt")),
             "a page is written to a file whose name ends in",
         ),
-        ((str(tmp_path), "--out", str(tmp_path / "none" / "x.html")), "there is no folder"),
+        ((str(copied.dir), "--out", str(tmp_path / "none" / "x.html")), "there is no folder"),
     ):
         code, out, err = told(*words)
         assert code == 2 and said in err and out == ""

@@ -45,9 +45,9 @@ def serve(
     """
     from qlora import address
 
+    keys = address.keys_for(host, api_key_env or ())
     for run in runs:
         look(run)
-    keys = address.keys_for(host, api_key_env or ())
     sock = address.listen(host, port)
     try:
         address.keys_for(sock.getsockname()[0], api_key_env or ())  # what the name came out as
