@@ -196,15 +196,7 @@ def main() -> None:
         result = told(found, largest_tensor(base))
     judged = verdicts(result)
     measure.report({**measure.circumstances(), **result}, arguments.json)
-    rows = [
-        (name.replace("_", " "), f"{of['median']:.3f}", f"{of['lowest']:.3f} - {of['highest']:.3f}")
-        for name, of in result.items()
-        if isinstance(of, dict) and "median" in of
-    ]
-    print(measure.table(("ratio", "median", "range"), rows), end="\n\n")
-    limits = [(what, got, limit, "kept" if ok else "PASSED") for what, got, limit, ok in judged]
-    print(measure.table(("what", "measured", "limit", ""), limits))
-    raise SystemExit(0 if all(ok for *_, ok in judged) else 1)
+    measure.conclude(result, judged)
 
 
 if __name__ == "__main__":

@@ -171,3 +171,20 @@ def positive(text: str) -> int:
 def add_json(parser: argparse.ArgumentParser) -> None:
     """The option that every benchmark has."""
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the figures there")
+
+
+def conclude(result: Mapping[str, Any], judged: Sequence[tuple[str, str, str, bool]]) -> None:
+    """Print every ratio of a result and each promise as (what, measured, limit, kept), and end.
+
+    Raises:
+        SystemExit: 0 if all are kept, else 1.
+    """
+    rows = [
+        (name.replace("_", " "), f"{of['median']:.3f}", f"{of['lowest']:.3f} - {of['highest']:.3f}")
+        for name, of in result.items()
+        if isinstance(of, dict) and "median" in of
+    ]
+    print(table(("ratio", "median", "range"), rows), end="\n\n")
+    limits = [(what, got, limit, "kept" if ok else "PASSED") for what, got, limit, ok in judged]
+    print(table(("what", "measured", "limit", ""), limits))
+    raise SystemExit(0 if all(ok for *_, ok in judged) else 1)
